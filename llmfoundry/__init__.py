@@ -1,7 +1,7 @@
 """Train mixture-of-experts language models with PyTorch.
 
-`from llmfoundry import MoE` is the mixture layer by itself; `import llmfoundry.drop_in` gives `transformers` our
-experts.
+`from llmfoundry import MoE` gives the MoE layer by itself; `import llmfoundry.drop_in` registers our experts with
+`transformers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["MoE", "MoEOutput"]
 
 
 def _warn_of_namesake() -> None:
-    """Name an installed `llm-foundry`: its package is called llmfoundry too."""
+    """Warn of an installed `llm-foundry`, whose package is called llmfoundry too."""
     for folder in dict.fromkeys(sys.path):
         for found in Path(folder).glob("llm_foundry-*.dist-info"):
             warnings.warn(

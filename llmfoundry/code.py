@@ -1,7 +1,8 @@
 """Code that settings name: plug-ins, functions on data, loaders that unpickle.
 
-A YAML is its user's word, and what it names runs. The config.yaml of a checkpoint is its author's: what it names runs
-only where the user says so, by `--allow-code` or by an override that names it again.
+A YAML is written by its user, so the code that it names runs. The config.yaml of a checkpoint is written by the
+checkpoint's author, so its code runs only if the user allows it, by `--allow-code` or by an override that names it
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def run_plugins(data: Mapping[str, object]) -> None:
     """Import the files that `code_paths` names.
 
     Raises:
-        ConfigError: it is no list of files, or one cannot be imported.
+        ConfigError: `code_paths` is not a list of files, or a file cannot be imported.
     """
     paths = data.get("code_paths") or []
     if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
@@ -35,12 +36,12 @@ def refuse_code(data: Mapping[str, object], where: str, used: Collection[str], g
 
     Args:
         data: the settings.
-        where: the file that they are from.
-        used: the keys of its top level that are used.
+        where: the file that they come from.
+        used: the top-level keys that are used.
         given: dotted paths that the user has set.
 
     Raises:
-        ConfigError: naming the first, and its code.
+        ConfigError: names the first such setting, and its code.
     """
     for path, value in _code_in({key: data[key] for key in used if key in data}):
         if path not in given:

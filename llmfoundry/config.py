@@ -1,10 +1,10 @@
-"""Strict, typed configuration, checked by pydantic; `settings.py` reads the YAML.
+"""Strict, typed configuration, validated by pydantic; `settings.py` reads the YAML.
 
-The config is the registry. A choice between implementations is a family of `Choice` classes told apart by a tag
-(`name`, or `ffn_type` inside `ffn_config`); a concrete config stands in the file of the module that it builds and
+The configs are the registry. A choice between implementations is a family of `Choice` classes selected by a tag
+(`name`, or `ffn_type` inside `ffn_config`). A concrete config is defined in the file of the module that it builds and
 has `build()`. Subclassing registers it, so a plug-in is a Python file named in the YAML's `code_paths`.
 
-Every mistake of a user's becomes one line of a `ConfigError`: the dotted path, what was found, what to write instead.
+Every mistake becomes one line of a `ConfigError`: the dotted path, what was found, and what to write instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KIND = re.compile(r"int|float|bool|str|constrained-\w+|(literal|list|dict|funct
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: shown as it is, without a traceback, with exit code 2."""
+    """A mistake of the user's: shown without a traceback, with exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -52,7 +52,7 @@ class ResourceError(RunError):
 
 
 class Config(BaseModel):
-    """A frozen block of settings. Unknown keys and wrong types are errors, never repaired."""
+    """A frozen block of settings. Unknown keys and wrong types are errors and are never repaired."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -63,8 +63,9 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
-    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path: for hints
-    ALIASES: ClassVar[dict[str, str]] = {}  # other words for keys of this block, which are accepted
+    # other frameworks' names of keys, with the dotted path of the key: for hints
+    SYNONYMS: ClassVar[dict[str, str]] = {}
+    ALIASES: ClassVar[dict[str, str]] = {}  # other accepted names for keys of this block
 
     @model_validator(mode="wrap")
     @classmethod
@@ -91,15 +92,15 @@ class Config(BaseModel):
 
     @classmethod
     def keys(cls, data: Mapping[str, object]) -> Set[str]:
-        """The keys that go with what `data` chooses."""
+        """The keys of the class that `data` selects."""
         return cls.model_fields.keys()
 
 
 class Choice(Config):
-    """A family of configs, told apart by a tag.
+    """A family of configs, selected by a tag.
 
-    The root names the tag and declares it as a field, whose default (if any) is the choice made when the tag is left
-    out; each concrete config lists the spellings that it answers to, the first being its own::
+    The base class names the tag and declares it as a field, whose default (if any) applies when the tag is left out.
+    Each concrete config lists its names; the first is the canonical one::
 
         class FFNConfig(Choice, tag="ffn_type"):
             ffn_type: str = "mptmlp"
@@ -108,7 +109,7 @@ class Choice(Config):
             moe_num_experts: int
             def build(self, ...) -> MoE: ...
 
-    A field typed with the root accepts a mapping (the tag picks the class) or an instance of any member.
+    A field typed with the base class accepts a mapping (the tag selects the class) or an instance of any member.
     """
 
     _tag: ClassVar[str]
@@ -146,7 +147,7 @@ class Choice(Config):
 
     @classmethod
     def member(cls, data: Mapping[str, object]) -> type[Choice] | None:
-        """The class that the tag in `data`, or its default, picks."""
+        """The class that the tag in `data`, or its default, selects."""
         default = cls.model_fields[cls._tag].default
         tag = data.get(cls._tag, default if isinstance(default, str) else None)
         return cls._members.get(tag) if isinstance(tag, str) else None
@@ -158,7 +159,7 @@ class Choice(Config):
 
 
 def _root_schema(root: type[Choice]) -> CoreSchema:
-    """The schema of a family's root: pick the member by its tag, then check as that member."""
+    """The schema of a family's base class: select the member by its tag, then validate as that member."""
 
     def pick(value: Any) -> Choice:
         if isinstance(value, root) and type(value) is not root:
@@ -198,13 +199,13 @@ def keyed(root: type[Choice]) -> Any:
 
 
 def _nearest(word: str, known: Any) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
+    """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def nearest_path(path: Path, pattern: str) -> str:
-    """` (did you mean PATH?)` for the path beside this one that is probably meant, of those that match a pattern."""
+    """` (did you mean PATH?)` for the path that is probably meant, among those beside it that match a pattern."""
     names = [beside.name for beside in path.parent.glob(pattern)]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return f" (did you mean {path.with_name(close[0])}?)" if close else ""
@@ -217,7 +218,7 @@ class _Mistake(NamedTuple):
 
 
 def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
-    """Every mistake that pydantic found, nested choices included."""
+    """All mistakes that pydantic found, including those in nested choices."""
     kinds: dict[str, tuple[object, list[str]]] = {}  # of a value that may be of several: it, and what each asks for
     for item in error.errors():
         *above, last = (str(part) for part in item["loc"]) if item["loc"] else ("",)
@@ -241,15 +242,15 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
 
 
 def several(mistakes: Iterable[_Mistake]) -> PydanticCustomError:
-    """What a validator raises that has found several."""
+    """The exception for a validator that has found several mistakes."""
     return PydanticCustomError("several", "several mistakes", {"mistakes": list(mistakes)})
 
 
 def lifted(error: ValidationError, key: str, cls: type[Config]) -> PydanticCustomError:
-    """The mistakes below a key that a shorthand left out, at the paths that the user wrote.
+    """Move mistakes below a key that a shorthand left out to the paths that the user wrote.
 
     Args:
-        key: what a validator of `cls` has put the user's keys under.
+        key: the key under which a validator of `cls` has put the user's keys.
     """
     found = []
     for path, message, owner in _mistakes(error):
@@ -259,13 +260,13 @@ def lifted(error: ValidationError, key: str, cls: type[Config]) -> PydanticCusto
 
 
 def _plain(message: str) -> str:
-    """A message of pydantic's in the words of a YAML."""
+    """A pydantic message in YAML terms."""
     message = re.sub(r"a valid dictionary( or instance of \w+)?|an instance of \w+", "a mapping", message)
     return message.replace(" after validation", "").replace("a valid list", "a list")
 
 
 def _why(found: object, wanted: str) -> str:
-    """What YAML made of a word, where that is not what was meant."""
+    """How YAML parsed a word that was probably meant otherwise."""
     if found is None:
         return " (an empty value in YAML; write one, or remove the key)"
     if "valid string" not in wanted or not isinstance(found, bool | int | float):
@@ -282,12 +283,12 @@ def check(cls: type[C], data: Mapping[str, object], where: str = "") -> C:
     """Build a config from plain data.
 
     Args:
-        cls: a `Config`, or the root of a family.
+        cls: a `Config`, or the base class of a family.
         data: what `load_yaml` returned, or a part of it.
-        where: dotted path of `data` in the file, put before every message.
+        where: dotted path of `data` in the file, prefixed to every message.
 
     Raises:
-        ConfigError: a line for every mistake.
+        ConfigError: one line per mistake.
     """
     try:
         return cls.model_validate(data)
@@ -300,7 +301,7 @@ def check(cls: type[C], data: Mapping[str, object], where: str = "") -> C:
 
 
 def _hint(root: type[Config], mistake: _Mistake) -> str:
-    """Where an unknown key belongs: a similar key beside it, another choice, or another place of the file."""
+    """Where an unknown key belongs: a similar key beside it, another choice, or another place in the file."""
     owner, key = mistake.unknown_in, mistake.path.rpartition(".")[2]
     assert owner is not None
     if close := difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.8):
@@ -321,7 +322,7 @@ def _hint(root: type[Config], mistake: _Mistake) -> str:
 def _places(root: type[Config]) -> dict[str, list[str]]:
     """The dotted paths of every key below a config, by their last word; shorter paths first.
 
-    `SYNONYMS` of the root are other frameworks' words for some of them.
+    They include `SYNONYMS` of the base class: other frameworks' names for some keys.
     """
     found: dict[str, list[str]] = {}
     queue: list[tuple[str, type[Config]]] = [("", root)]
@@ -345,7 +346,7 @@ def _members_of(cls: type[Config]) -> list[type[Config]]:
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:
-    """The config classes in a field's type: of `list[X] | None`, X."""
+    """The config classes in a field's type: for `list[X] | None`, X."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [found for part in get_args(annotation) for found in _configs_in(part)]
@@ -354,9 +355,10 @@ def _configs_in(annotation: Any) -> list[type[Config]]:
 def drop_replaced(
     root: type[Config], data: Mapping[str, object], file: Mapping[str, object], given: Set[str]
 ) -> tuple[dict[str, object], list[str]]:
-    """Leave out the keys of a choice that an override has replaced by another.
+    """Remove the keys of a choice that an override has replaced by another.
 
-    `model.ffn_config.ffn_type=mptglu` over a file with a mixture: the mixture's keys go, unless they are overrides too.
+    With `model.ffn_config.ffn_type=mptglu` on a file with a mixture, the mixture's keys are removed, unless they are
+    overrides too.
 
     Args:
         root: the type of the whole file.
@@ -386,7 +388,7 @@ def drop_replaced(
 def _at(
     cls: type[Config] | None, data: object, file: object, parts: list[str]
 ) -> tuple[type[Config] | None, object, object]:
-    """The type of the block at a path, the block, and what the file has there."""
+    """The type of the block at a path, the block, and the file's value there."""
     for part in parts:
         if cls is None or not isinstance(data, dict) or part not in data:
             return None, None, None
@@ -404,17 +406,17 @@ def dump(config: Config) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read or written, without the path and the error's number."""
+    """Why a file cannot be read or written, without the path and the error number."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names another machine or a store: `s3://bucket/folder`."""
+    """Whether a path names a store or another machine: `s3://bucket/folder`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None and not is_theirs(path)  # hf:/folder is not a URL
 
 
 def is_theirs(path: str) -> bool:
-    """Whether a path names weights of Hugging Face's: `hf:` and a folder or hub id. `hf://` is a store like others."""
+    """Whether a path names Hugging Face weights: `hf:` and a folder or hub id. `hf://` is a store like others."""
     return path.startswith("hf:") and not path.startswith("hf://")
 
 
@@ -426,10 +428,10 @@ def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
     """The path with `~` expanded.
 
     Args:
-        placeholders: those that are filled in later, beside `{run_name}`, which already is.
+        placeholders: placeholders that are filled in later, besides `{run_name}`, which is filled in already.
 
     Raises:
-        ValueError: it is a URL, or has a placeholder that nothing fills in.
+        ValueError: it is a URL, or has an unknown placeholder.
     """
     if is_url(path):
         raise ValueError(
@@ -439,7 +441,7 @@ def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
 
 
 def check_placeholders(path: str, placeholders: tuple[str, ...] = ()) -> str:
-    """The path as it is; raises ValueError if it has a placeholder that nothing fills in."""
+    """Return the path unchanged; raises ValueError if it has an unknown placeholder."""
     for found in re.findall(r"\{(\w*)\}", path):
         if found not in placeholders:
             known = ", ".join(f"{{{name}}}" for name in placeholders or ("run_name",))
@@ -458,7 +460,7 @@ def import_code(paths: list[str]) -> None:
         paths: Python files, as listed in the YAML's `code_paths`. They run with the user's rights.
 
     Raises:
-        ConfigError: there is no such file, or it cannot be imported: its line, and why.
+        ConfigError: a file does not exist or cannot be imported; the message gives the line and the reason.
     """
     for path in paths:
         file = Path(path)

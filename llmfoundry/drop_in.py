@@ -1,18 +1,18 @@
-"""Our experts in any mixture of `transformers`: importing this module registers them.
+"""Our experts in any MoE model of `transformers`: importing this module registers them.
 
     import llmfoundry.drop_in
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B", experts_implementation="llmfoundry")
 
-Router, attention, loss, trainer (HF Trainer, TRL, axolotl) and checkpoints stay theirs; the experts' forward and
-backward are ours: `moe_impl: auto` of a YAML. `llmfoundry_triton`, `llmfoundry_grouped_mm` and `llmfoundry_reference`
-name one backend. `DistributedConfig(ep_implementation="llmfoundry")` takes our exchange, which sends a token once to
-each rank that holds any of its experts, where theirs sends it once per expert.
+Router, attention, loss, trainer (HF Trainer, TRL, axolotl) and checkpoints stay those of the model; the experts'
+forward and backward are ours, as with `moe_impl: auto` in a YAML. `llmfoundry_triton`, `llmfoundry_grouped_mm` and
+`llmfoundry_reference` select one backend. `DistributedConfig(ep_implementation="llmfoundry")` uses our exchange, which
+sends a token once to each rank that holds any of its experts; that of `transformers` sends it once per expert.
 
 Shapes: T tokens, D hidden size, F intermediate size, E experts, K experts per token.
 
-Which gated unit a model has is found by its values, not by its name: `_apply_gate` and `act_fn` are run on a small
-probe and compared with each unit that our kernels know. Experts that match no unit, or that have a norm of
-their own behind the down projection, run through transformers' `grouped_mm`, with one warning.
+The kind of gated unit is recognised by its values, not by its name: `_apply_gate` and `act_fn` are run on a small
+probe and compared with each unit that our kernels know. Experts that match no unit, or that have a norm after the
+down projection, run through transformers' `grouped_mm`, with one warning.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PROBE = torch.linspace(-12.0, 12.0, 24, dtype=torch.float64)
 
 
 class TheirExperts(Protocol):
-    """An experts module of `transformers`, as `use_experts_implementation` leaves it."""
+    """An experts module of `transformers`, as `use_experts_implementation` prepares it."""
 
     has_gate: bool
     has_bias: bool
@@ -53,7 +53,7 @@ class TheirExperts(Protocol):
 
 
 class Gate(NamedTuple):
-    """What stands between the two products, in the words of `experts_ffn`."""
+    """The computation between the two products, as arguments of `experts_ffn`."""
 
     activation: str
     gated: bool
@@ -116,8 +116,8 @@ def _concatenated(experts: TheirExperts) -> bool:
 def prepare(model: nn.Module) -> None:
     """Recognise the experts of a model now instead of at its first forward.
 
-    Needed before `torch.compile(model, fullgraph=True)`; without `fullgraph`, the first call breaks the graph there and
-    the second compiles it whole.
+    Needed before `torch.compile(model, fullgraph=True)`. Without `fullgraph`, the first call breaks the graph there and
+    the second call compiles all of it.
     """
     for module in model.modules():
         if hasattr(module, "has_gate") and hasattr(module, "down_proj"):
@@ -125,7 +125,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def kind_of(experts: TheirExperts) -> ExpertKind | None:
-    """What an experts module computes, in the words of `experts_ffn`; None if that cannot compute it."""
+    """What an experts module computes, as arguments of `experts_ffn`; None if `experts_ffn` cannot compute it."""
     name = _recognised(experts)
     return None if name is None else _KINDS[name]
 
@@ -207,8 +207,11 @@ def _ep_implementation() -> type:
     from transformers.distributed.expert_parallel import EPImplementation
 
     class ExchangeEP(EPImplementation):
-        """Expert parallelism by our exchange: a token travels once to each rank that holds any of its experts, and
-        returns as one row, already weighted and summed there."""
+        """Expert parallelism by our exchange.
+
+        A token travels once to each rank that holds any of its experts, and returns as one row, already weighted and
+        summed.
+        """
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             inputs, n_tokens, d = (hidden_states, top_k_index, top_k_weights), *hidden_states.shape

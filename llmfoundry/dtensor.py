@@ -1,6 +1,6 @@
-"""This rank's part of a tensor that may be sharded. The part of a plain tensor is the tensor itself.
+"""This rank's part of a tensor that may be sharded. The local part of a plain tensor is the tensor itself.
 
-A sharded parameter is a `DTensor`. Code that works on both kinds calls these functions and does not test the type.
+A sharded parameter is a `DTensor`. Code that handles both kinds calls these functions and does not test the type.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
 
 
 def cut_like(tensor: Tensor, local: Tensor) -> Tensor:
-    """`local` as this rank's part of a tensor that is cut as `tensor` is. A last dim that is not cut may be another."""
+    """Wrap `local` as this rank's part of a tensor that is sharded like `tensor`; an unsharded last dim may differ."""
     if not isinstance(tensor, DTensor):
         return local
     alike = local.shape == tensor.to_local().shape
@@ -50,5 +50,5 @@ def cut_like(tensor: Tensor, local: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU and detached. A collective if it is sharded: every rank must call it."""
+    """The whole tensor, on the CPU and detached. If it is sharded, this is a collective that every rank must call."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

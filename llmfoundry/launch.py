@@ -1,4 +1,4 @@
-"""This process among those that torchrun started, without importing torch: `--help` and mistakes answer at once."""
+"""This process's place among those that torchrun started, without importing torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ BEGUN = time.monotonic()  # when this process began, but for Python's own start
 
 
 def rank() -> int:
-    """This process's number in the run; 0 if it was started without torchrun."""
+    """This process's rank; 0 if it was started without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes in the run, as torchrun says."""
+    """The number of processes, as torchrun reports it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's number on its node."""
+    """This process's rank on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Processes on this node, as torchrun says; 1 if it does not."""
+    """The number of processes on this node, as torchrun reports it; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_rank0() -> bool:
-    """Whether this process logs and writes for all."""
+    """Whether this process logs and writes for all ranks."""
     return rank() == 0
 
 
 def tell_torchrun(why: str) -> None:
-    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
+    """Write an error where torchrun looks for it: its report names the rank that failed first, and ends with it.
 
-    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
+    torchrun compares whole seconds, and ranks that lose this one fail as soon as it is gone, so it waits for one more
+    second.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
@@ -51,10 +52,10 @@ def tell_torchrun(why: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; under torchrun or after a signal, without Python's teardown of the interpreter.
+    """End this process; under torchrun or after a signal, without tearing down Python's interpreter.
 
     DTensor's caches keep meshes alive after `runtime.stop`, and with them gloo's threads. A thread that frees a tensor
-    while the interpreter is torn down aborts the process, so that one rank in a few thousand would fail after its work.
+    while the interpreter is torn down aborts the process, so one rank in a few thousand would fail after its work.
     After a signal that ends a process at once, the teardown would wait for a checkpoint that a thread is writing.
 
     Args:

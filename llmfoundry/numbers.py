@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, which goes on meanwhile."""
+"""Copy numbers from the device to the host without making the host wait at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Numbers:
-    """Begins to copy numbers when it is made; what is launched after that need not end before they are read.
+    """Starts a copy of numbers when it is made. Reading them does not wait for work that is launched later.
 
     Args:
-        found: (n,), the results of what was launched so far.
+        found: (n,), results of the work launched so far.
     """
 
     def __init__(self, found: Tensor) -> None:

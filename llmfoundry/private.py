@@ -1,8 +1,8 @@
-"""What a run must not tell: secrets in settings, passwords in URLs, values that come from the environment.
+"""Keep secrets out of what a run writes: secret settings, passwords in URLs, values from the environment.
 
-Settings go to config.yaml, checkpoints, loggers and pages; they go there as `disclosed` gives them. A value written as
-`${oc.env:NAME}` stays written so. A text under a key that is named like a secret is left out, and so is the part before
-the `@` of a URL. What is printed goes through `cleaned`.
+Settings are passed through `disclosed` before they go to config.yaml, checkpoints, loggers and pages. A value written
+as `${oc.env:NAME}` stays written so. Values of keys that are named like a secret are left out, and so is the part of a
+URL before the `@`. Printed messages are passed through `cleaned`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FOUND = re.compile(r"^((?:error: )?(?P<path>[\w.]+): .*found ).*$", re.MULTILIN
 
 
 class Interpolation(str):
-    """A text as it was written, with `${oc.env:NAME}` in it: config.yaml has it without an escape."""
+    """A value as it was written, with `${oc.env:NAME}` in it; config.yaml has it without an escape."""
 
 
 class FromEnvironment(NamedTuple):
-    """A value of a YAML that came from the environment: as it was written, and what it became."""
+    """A value of a YAML that came from the environment: as written, and resolved."""
 
     written: str
     value: str
@@ -50,11 +50,11 @@ def is_secret(key: str) -> bool:
 
 
 def disclosed(data: Mapping[str, object], environment: Mapping[str, FromEnvironment]) -> dict[str, object]:
-    """Settings without what they must not tell.
+    """Settings without their secrets.
 
     Args:
         data: plain data.
-        environment: by dotted path, the values that came from the environment.
+        environment: values that came from the environment, by dotted path.
     """
     # A key that was translated, or a name made of another value, has it under another path.
     moved = {each.value: each.written for each in environment.values() if len(each.value) >= _FEW}
@@ -82,7 +82,7 @@ def disclosed(data: Mapping[str, object], environment: Mapping[str, FromEnvironm
 
 
 def cleaned(text: str) -> str:
-    """A message without secrets: values after keys that are named so, and the user of URLs."""
+    """A message without secrets: values of keys that are named like secrets, and users in URLs."""
 
     def assigned(found: re.Match[str]) -> str:
         return f"{found[1]}{found[2]}{HIDDEN}" if _named_secret(found[1]) else found[0]
@@ -101,5 +101,5 @@ def _named_secret(path: str) -> bool:
 
 
 def without_user(text: str) -> str:
-    """A text whose URLs have no user and password, and no signature."""
+    """A text whose URLs have no user, password or signature."""
     return _SIGNED.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text)) if "://" in text else text

@@ -1,6 +1,6 @@
-"""How far a long job is, on stderr: a bar on a terminal that can move its cursor, elsewhere a line every ten seconds.
+"""Progress of long jobs on stderr: a bar on a terminal that can move its cursor, otherwise a line every ten seconds.
 
-Jobs that end within ten seconds stay silent off a terminal.
+Off a terminal, jobs that end within ten seconds print nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Advance(Protocol):
-    """Told of an amount that is done, and of the tokens that were made."""
+    """Called with the amount that was done and the number of tokens that were made."""
 
     def __call__(self, amount: int, tokens: int = 0) -> None: ...
 
 
 @dataclass
 class Meter:
-    """What has been done so far, and how fast."""
+    """The amount done so far, and the speed."""
 
     title: str
     total: int | None
@@ -53,12 +53,12 @@ class Meter:
 
 @contextmanager
 def progress(title: str, total: int | None, unit: Unit, *, bar: bool = True) -> Iterator[Advance]:
-    """Show the progress of the block; it calls what it is given with what was done since the last call.
+    """Show the progress of the block, which calls the function it gets with the amount done since the last call.
 
     Args:
         title: what is being done, e.g. "tokenizing texts".
-        total: the amount to do; None: unknown. An estimate will do.
-        bar: whether a terminal shows a bar; false where another one may be on it.
+        total: the amount to do, possibly estimated; None: unknown.
+        bar: whether a terminal shows a bar; False if it may already show another one.
     """
     meter = Meter(title, total, unit)
     console = Console(file=sys.stderr)

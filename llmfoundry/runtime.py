@@ -1,6 +1,6 @@
-"""This process: its rank, device, seeds and reductions, and the peak FLOP/s and memory of its hardware.
+"""This process: its rank, device, seeds and reductions, and its hardware's peak FLOP/s and memory.
 
-The same code runs on one process and on many: until `start` has made a process group, every reduction is the identity.
+The same code runs on one process and on many: before `start` creates a process group, every reduction is the identity.
 """
 
 from __future__ import annotations
@@ -65,12 +65,31 @@ _PEAK_BF16_TFLOPS = {
     "RTX 4090": 165.2,
 }
 
+_SAID_AFTER = 15.0  # seconds that a process waits for another one's fetch before it says so
+
+
+class _Planted(NamedTuple):
+    """The main thread's tree."""
+
+    over: ProcessGroup
+    tree: Tree
+
+
+# The state of this process; only functions of this module change it.
+_timeout = 600.0  # seconds, of `start`
+_store: dist.Store | None = None  # where ranks found each other
+_planted: _Planted | None = None
+_trees = 0  # made so far
+_meeting = False  # whether `together` runs
+_at_the_source = True  # whether to ask the hub; see `first_of_node`
+_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
+
 
 def cache_root(cache_dir: str | None = None) -> Path:
-    """Where tokenizers, token shards and tile choices are kept.
+    """The folder of tokenizers, token shards and tile choices.
 
     It is `cache_dir`, else $LLMFOUNDRY_CACHE, else `~/.cache/llmfoundry`; for a user without a home directory, a folder
-    in the system's temporary one.
+    in the system's temporary folder.
     """
     root = os.path.expanduser(cache_dir or os.environ.get("LLMFOUNDRY_CACHE") or "~/.cache/llmfoundry")
     if root.startswith("~"):
@@ -87,38 +106,30 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
     """Choose the device and, under torchrun, join the process group (NCCL on GPUs, gloo on CPUs).
 
     Args:
-        timeout_seconds: a collective fails if some rank has not joined it after this time.
-        group_of_one: whether a single process gets a process group too, which FSDP needs.
+        timeout_seconds: seconds after which a collective fails that some rank has not joined.
+        group_of_one: create a process group for a single process too, which FSDP needs.
     """
-    global _timeout
+    global _timeout, _store
     _timeout = timeout_seconds
     place, timeout = device(), datetime.timedelta(seconds=timeout_seconds)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
     if (world_size() > 1 or group_of_one) and not dist.is_initialized():
+        _store = _store_of_attempt(timeout) if world_size() > 1 else None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=timeout,
             device_id=place if place.type == "cuda" else None,
-            store=_meeting_place(timeout) if world_size() > 1 else dist.HashStore(),
+            store=dist.HashStore() if _store is None else _store,
             rank=rank(),
             world_size=world_size(),
         )
     return place
 
 
-_store: dist.Store | None = None
-
-
-def _meeting_place(timeout: datetime.timedelta) -> dist.Store:
-    global _store
-    _store = _store_of_attempt(timeout)
-    return _store
-
-
 def store_for_a_thread() -> dist.Store | None:
-    """The ranks' common store over a connection of its own, which no other thread holds up; None for one process."""
+    """The ranks' store over a separate connection, which other threads cannot block; None for one process."""
     if _store is None or not dist.is_initialized():
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -126,26 +137,15 @@ def store_for_a_thread() -> dist.Store | None:
 
 
 def set_timeout(seconds: float) -> None:
-    """From now on, a collective of the main thread fails if some rank has not joined it after this time."""
+    """Change the time after which a collective of the main thread fails that some rank has not joined."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
     if (ranks := tree()) is not None:
         ranks.set_timeout(seconds)
 
 
-class _Planted(NamedTuple):
-    """The main thread's tree."""
-
-    over: ProcessGroup
-    tree: Tree
-
-
-_planted: _Planted | None = None
-_trees = 0  # made by this process
-
-
 def tree() -> Tree | None:
-    """All ranks, for what the main threads of their processes tell each other; None for a process that is alone."""
+    """The tree of all ranks for messages between their main threads; None for a single process."""
     global _planted
     if not dist.is_initialized() or world_size() == 1 or dist.get_backend() == "fake":
         return None
@@ -156,14 +156,11 @@ def tree() -> Tree | None:
     return _planted.tree
 
 
-_timeout = 600.0  # seconds, of `start`
-
-
 def plant(timeout: float) -> Tree:
-    """A new tree of all ranks, which call this together: a thread that talks beside the main one needs its own.
+    """Create another tree of all ranks, which call this together: each thread that sends messages needs its own.
 
     Args:
-        timeout: seconds that a message is waited for.
+        timeout: seconds to wait for a message.
     """
     global _trees
     _trees += 1
@@ -172,11 +169,12 @@ def plant(timeout: float) -> Tree:
 
 
 def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks find each other, apart for each attempt of `torchrun --max-restarts`.
+    """The store where ranks find each other, a separate one for each attempt of `torchrun --max-restarts`.
 
     torchrun's own store outlives the ranks (pytorch/pytorch#135712): a second attempt would find the addresses of the
-    first, which has no listener. Its count of restarts is the same for all ranks of one node alone: of several nodes,
-    only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
+    first, where nothing listens any more. torchrun's restart count is the same for all ranks of a single node only: of
+    several nodes, only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a
+    store of its own.
     """
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
     return dist.PrefixStore(f"attempt-{_attempt()}", store)
@@ -204,20 +202,17 @@ ELSEWHERE = "on another rank"  # the text of an `OutOfMemory` where this rank's 
 
 
 class OutOfMemory(RuntimeError):
-    """Some rank ran out of memory in `together`; raised on all of them."""
+    """Some rank ran out of memory in `together`; raised on all ranks."""
 
     held: object = None  # what this rank held, for whoever reports it
 
 
 class _Elsewhere(RuntimeError):
-    """Another rank has run out of memory, and does not come to the collective that this one is about to begin."""
-
-
-_meeting = False
+    """Another rank has run out of memory and will not join the collective that this one is about to start."""
 
 
 def meet() -> None:
-    """Called before each collective of a forward or backward. Inside `together`, all ranks leave it here if one has to.
+    """Called before each collective of a forward or backward. Inside `together`, all ranks leave here if one has to.
 
     It costs a reduction on the host, but only inside `together`.
     """
@@ -226,12 +221,12 @@ def meet() -> None:
 
 
 def together(run: Callable[[], T]) -> T:
-    """Run a forward and backward that all ranks leave together when one runs out of memory.
+    """Run a forward and backward that all ranks leave together if one runs out of memory.
 
     Every collective in it must be preceded by `meet` on every rank, so that none waits for a rank that has left.
 
     Raises:
-        OutOfMemory: on every rank. What `run` held is free by then.
+        OutOfMemory: on every rank, after the memory held by `run` is free.
     """
     global _meeting
     _meeting, why, told = world_size() > 1, "", False
@@ -252,7 +247,7 @@ def together(run: Callable[[], T]) -> T:
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Sum `tensor` over the ranks of `group` (None: all ranks), in place; in a single process it stays as it is."""
+    """Sum `tensor` over the ranks of `group` (None: all ranks), in place; a single process leaves it unchanged."""
     if dist.is_initialized():
         meet()
         dist.all_reduce(tensor, group=group)
@@ -260,7 +255,7 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def of_ranks(values: Sequence[float]) -> Tensor:
-    """The values of every rank, which all call this together: (ranks, n) float64."""
+    """Gather values from every rank: (ranks, n) float64; all ranks call this together."""
     rows = torch.zeros(world_size(), len(values), dtype=torch.float64)
     rows[rank()] = torch.tensor(values, dtype=torch.float64)
     ranks = tree()
@@ -268,12 +263,12 @@ def of_ranks(values: Sequence[float]) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any rank; every rank gets the same answer."""
+    """Whether `flag` is set on any rank; every rank gets the same answer."""
     return bool(most_of_ranks([flag])[0])
 
 
 def most_of_ranks(values: Sequence[float]) -> list[float]:
-    """The largest of each value over all ranks, in one reduction; every rank gets the same."""
+    """The maximum of each value over all ranks, in one reduction; every rank gets the same."""
     ranks = tree()
     if ranks is None:
         return list(values)
@@ -281,16 +276,16 @@ def most_of_ranks(values: Sequence[float]) -> list[float]:
 
 
 def of_each_rank(value: T) -> list[T]:
-    """What every rank has, by rank; all get the same."""
+    """Gather an object from every rank, in order of rank; all get the same."""
     ranks = tree()
     return [value] if ranks is None else ranks.all_gather(value)
 
 
 def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
-    """Run `ask` on rank 0. Every rank returns its answer, or raises its exception, so that none waits for it.
+    """Run `ask` on rank 0. Every rank returns its result or raises its exception, so that none waits for it.
 
     Args:
-        ranks: None: the main thread's.
+        ranks: the tree to use; None: the main thread's.
     """
     outcome: tuple[T | None, Exception | None] = (None, None)
     if is_rank0():
@@ -308,7 +303,7 @@ def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
 
 
 def _for_others(error: Exception) -> Exception:
-    """An exception as other processes can be told of it: many of libraries cannot be pickled, and ranks would wait."""
+    """An exception that can be sent to other processes: many libraries' exceptions cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -316,24 +311,21 @@ def _for_others(error: Exception) -> Exception:
     return error
 
 
-_at_the_source = True  # whether this process may ask the hub; see `first_of_node`
-
-
 def asks_hub() -> bool:
-    """Whether to ask the hub; else what another process of this node has fetched is in the cache."""
+    """Whether to ask the hub; if not, another process of this node has put the files into the cache."""
     return _at_the_source
 
 
 def first_of_node(what: str, act: Callable[[], T]) -> T:
-    """Run `act` on every rank, first on one of each node; the others find in the cache what that one has fetched.
+    """Run `act` on every rank, first on one rank of each node; the others find in the cache what that one fetched.
 
-    A thousand ranks that ask the hub for one tokenizer are refused. The others wait for as long as it takes.
+    The hub refuses a thousand ranks that ask for the same tokenizer. The others wait for as long as it takes.
 
     Args:
-        what: is fetched; the same words on every rank, for messages too.
+        what: what is fetched, for messages; the same on every rank.
 
     Raises:
-        ConfigError: the first one failed.
+        ConfigError: the first rank failed.
     """
     global _at_the_source
     if _store is None or not dist.is_initialized():
@@ -363,11 +355,8 @@ def first_of_node(what: str, act: Callable[[], T]) -> T:
         _at_the_source = True
 
 
-_SAID_AFTER = 15.0  # seconds
-
-
 def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
-    """Run `act` on every rank. If it fails on any, all raise the exception of the first, so that none goes on alone.
+    """Run `act` on every rank. If it fails on any, all raise the exception of the first, so that none continues alone.
 
     Args:
         ranks: as in `on_rank0`.
@@ -416,17 +405,14 @@ def peak_flops(place: torch.device) -> float | None:
     return next((tflops * 1e12 for key, tflops in _PEAK_BF16_TFLOPS.items() if key in name), None)
 
 
-_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
-
-
 def count_memory(n_bytes: int) -> None:
-    """Note that GPU memory was allocated, for good, around torch's allocator."""
+    """Record permanent allocations of GPU memory that bypass torch's allocator."""
     global _mapped
     _mapped += n_bytes
 
 
 def memory_stats(place: torch.device) -> dict[str, int]:
-    """`torch.cuda.memory_stats`, with what `count_memory` was told of among what is allocated, active and reserved."""
+    """`torch.cuda.memory_stats`, with memory recorded by `count_memory` added to allocated, active and reserved."""
     stats = dict(torch.cuda.memory_stats(place))
     for kind in ("allocated", "active", "reserved"):
         for key in (f"{kind}_bytes.all.current", f"{kind}_bytes.all.peak"):

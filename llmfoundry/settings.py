@@ -1,8 +1,7 @@
-"""A run's settings as plain data: a YAML file and `key=value` overrides come in, a resolved config.yaml goes out.
+"""A run's settings as plain data: read from a YAML file and `key=value` overrides, and written as config.yaml.
 
-One YAML dialect serves files, overrides and config.yaml: YAML 1.1 as PyYAML reads it, but `1e-5` is a number, and what
-YAML 1.1 takes for an octal or base-60 number is refused. OmegaConf resolves interpolations (`${a.b}`). Depth and size
-of a file are bounded before anything in it is expanded.
+One YAML dialect is used for files, overrides and config.yaml (strict_yaml.py). OmegaConf resolves interpolations
+(`${a.b}`); the size of their expansion is bounded before anything is expanded.
 """
 
 from __future__ import annotations
@@ -13,30 +12,27 @@ import os
 import re
 import select
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from llmfoundry import strict_yaml
 from llmfoundry.config import ConfigError, nearest_path
 from llmfoundry.private import FromEnvironment, Interpolation, is_secret
 from llmfoundry.strict_json import read_plain
+from llmfoundry.strict_yaml import MAX_DEPTH, MAX_SIZE
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**20  # of a YAML file
 PIPE_SECONDS = 10.0  # until a pipe that holds a YAML file must have something to read
-MAX_DEPTH = 40
-MAX_SIZE = 100_000  # values and characters after aliases and interpolations are expanded, in units of 1 and 64
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 # One backslash before it makes it a text; two are one backslash.
 _REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
 _ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env:\s*(?P<name>[^,}\s]+)\s*(?P<default>,[^}]*)?\}")
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 _OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
 
 
@@ -47,8 +43,8 @@ class Settings(NamedTuple):
         data: plain data, interpolations resolved, without the `variables` block.
         file: the same without the overrides.
         given: dotted paths of the values that overrides set.
-        referred: keys of the top level that interpolations refer to.
-        environment: by dotted path, the values that came from the environment.
+        referred: top-level keys that interpolations refer to.
+        environment: values that came from the environment, by dotted path.
     """
 
     data: dict[str, object]
@@ -59,46 +55,25 @@ class Settings(NamedTuple):
 
 
 def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
-    """The data of `load_settings`."""
+    """Return only the data of `load_settings`."""
     return load_settings(path, overrides).data
 
 
-def _read(path: str | Path) -> bytes:
-    """The first bytes of a file, one more than may be; it may be a pipe: `train.py <(...)`."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
-    with open(handle, "rb") as opened:
-        if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
-            raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
-        os.set_blocking(handle, True)
-        return opened.read(MAX_BYTES + 1)
-
-
 def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
-    """Read a YAML file, put overrides over it, and resolve its interpolations.
+    """Read a YAML file, apply overrides, and resolve interpolations.
 
     Args:
-        path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
-        overrides: `a.b=value` (a mapping is merged), `a.b:=value` (replaces all that was there), `~a.b` (deletes);
+        path: the file. Its `variables` block is for interpolation (`${variables.d_model}`) and is then removed.
+        overrides: `a.b=value` (mappings are merged), `a.b:=value` (replaces the old value), `~a.b` (deletes);
             values are YAML.
-        is_users: whether the file is the user's own; in another's, `${oc.env:NAME}` stays a text where there is no
-            such variable, or where it is named like a secret.
+        is_users: whether the file is the user's own. In another's file, `${oc.env:NAME}` stays text if the variable
+            does not exist or is named like a secret.
 
     Raises:
-        ConfigError: the file is missing or malformed, an override has another form, an interpolation leads nowhere.
+        ConfigError: the file is missing or malformed, an override is malformed, or an interpolation cannot be resolved.
     """
     parsed = [_parse_override(item) for item in overrides or []]
-    try:
-        content = _read(path)
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
-        text = content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
-    loaded = parse(text, str(path))
+    loaded = parse(_read(path), str(path))
     if not isinstance(loaded, dict):
         found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError(f"{path}: must hold a mapping, found {found}")
@@ -116,8 +91,33 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     return Settings(data, file, frozenset(given), referred, _from_environment(config, data))
 
 
+def _read(path: str | Path) -> str:
+    """The text of a file, which may be a pipe: `train.py <(...)`."""
+    try:
+        content = _first_bytes(path)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _first_bytes(path: str | Path) -> bytes:
+    """Read at most one byte more than a file may have."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
+    with open(handle, "rb") as opened:
+        if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
+            raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
+        os.set_blocking(handle, True)
+        return opened.read(MAX_BYTES + 1)
+
+
 def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
-    """The settings in a job file of MosaicML's platform (`mcli run -f`), which has them under `parameters`."""
+    """The settings in a job file of MosaicML's platform (`mcli run -f`), which are under `parameters`."""
     if not {"command", "image"} <= loaded.keys():
         return loaded
     parameters = loaded.get("parameters")
@@ -128,7 +128,7 @@ def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
 
 
 def _keep_private(text: str) -> str:
-    """Escape what is not to be looked up in this machine's environment for a file of somebody else's."""
+    """Escape references to the environment that another's file must not read."""
 
     def kept(found: re.Match[str]) -> str:
         known = found["default"] is not None or found["name"] in os.environ
@@ -138,7 +138,7 @@ def _keep_private(text: str) -> str:
 
 
 def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[str, FromEnvironment]:
-    """The texts that an `${oc.env:NAME}` stands in, also by way of another key; references are written out."""
+    """The values that contain `${oc.env:NAME}`, directly or through another key, with references expanded."""
     raw = OmegaConf.to_container(config, resolve=False)
     if not any("oc.env" in value for _, value in leaves(raw) if isinstance(value, str)):
         return {}
@@ -170,7 +170,7 @@ def _referred(config: DictConfig) -> frozenset[str]:
 
 
 def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
-    """Let `${name}` stand for `${variables.name}` where the top level has no such key; returns the names."""
+    """Let `${name}` mean `${variables.name}` if there is no such top-level key; returns the names."""
     variables = OmegaConf.select(config, "variables")
     if not OmegaConf.is_dict(variables):
         return set()
@@ -181,10 +181,10 @@ def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
 
 
 def from_dotlist(items: list[str]) -> dict[str, object]:
-    """Overrides alone, as plain data.
+    """Convert overrides alone into plain data.
 
     Raises:
-        ConfigError: one has another form.
+        ConfigError: an override is malformed.
     """
     config = OmegaConf.create({})
     for item in items:
@@ -210,7 +210,7 @@ def _parse_override(text: str) -> _Override:
 
 
 def _dotted(key: str) -> str:
-    """`a[0].b` as `a.0.b`, which is one way to write it and not two."""
+    """Normalize `a[0].b` to `a.0.b`."""
     dotted = re.sub(r"\[(\w+)\]", r".\1", key.strip())
     if dotted.count(".") > MAX_DEPTH:
         raise ConfigError(f"{key[:80]}...: is nested too deeply")
@@ -266,7 +266,7 @@ def _resolved(config: DictConfig, where: str) -> dict[str, object]:
 
 
 def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of everything in plain data that is neither a mapping nor a list."""
+    """(dotted path, value) for each value in plain data that is neither a mapping nor a list."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, f"{path}.{key}" if path else str(key))
@@ -275,7 +275,7 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _check_expansion(root: dict[str, object], where: str) -> None:
-    """Refuse interpolations that refer to themselves, or that would expand beyond `MAX_SIZE`."""
+    """Refuse interpolations that refer to themselves or expand beyond `MAX_SIZE`."""
     sizes: dict[str, int | None] = {}  # of what is at a dotted path; None: it is being measured
 
     def at(path: str) -> object:
@@ -316,153 +316,21 @@ def _check_expansion(root: dict[str, object], where: str) -> None:
         raise ConfigError(f"{where}: its interpolations are nested too deeply") from None
 
 
-class _Dialect(yaml.resolver.BaseResolver):
-    """Which plain scalars are numbers: a loader and a dumper that share it understand each other."""
-
-
-for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
-    for _tag, _pattern in _resolvers:
-        if not _tag.endswith((":timestamp", ":float", ":value")):
-            _Dialect.add_implicit_resolver(_tag, _pattern, [_first])
-_Dialect.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+"
-        r"|[-+]?\d[\d_]*(:[0-5]?\d)+\.[\d_]*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
-    ),
-    list("-+.0123456789"),
-)
-
-
-class _Loader(_Dialect, yaml.SafeLoader):
-    """Plain data: no tag builds an object, no key comes twice, nothing is nested or repeated without a bound."""
-
-    yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
-        self.mistakes: list[str] = []  # numbers in a notation that surprises
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _malformed("is nested too deeply", self.peek_event())
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        text = node.value.replace("_", "").lower()
-        is_float = node.tag.endswith(":float")
-        if ":" in text or (not is_float and re.fullmatch(r"[-+]?0\d+", text)):
-            kind = "a base-60" if ":" in text else "an octal"
-            line = node.start_mark.line + 1
-            self.mistakes.append(
-                f"line {line}: {node.value} is {kind} number in YAML 1.1; write it in decimal, or quote it"
-            )
-            return 0
-        return float(self.construct_yaml_float(node)) if is_float else int(self.construct_yaml_int(node))
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
-        self.flatten_mapping(node)
-        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
-
-    def refuse(self, node: yaml.Node) -> object:
-        raise _malformed(f"the tag {node.tag} is not allowed", node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-for _tag in ("binary", "omap", "pairs", "set", "timestamp"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse)
-_Loader.add_constructor(None, _Loader.refuse)
-
-
-class _Dumper(_Dialect, yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number, and repeats what an alias would stand for."""
-
-    yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """The number of values that a node expands to.
-
-    Raises:
-        yaml.YAMLError: they are too many, a node holds itself, a key comes twice or is not a plain word, a text has a
-            NUL or half a surrogate pair.
-    """
-    if id(node) in sizes:
-        known = sizes[id(node)]
-        if known is None:
-            raise _malformed("an alias refers to what it is a part of", node)
-        return known
-    sizes[id(node)] = None
-    children: list[yaml.Node] = []
-    texts: list[str] = []
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(keys) < len(node.value):
-            raise _malformed("a key must be a plain word", node)
-        if len(set(keys)) < len(keys):
-            twice = min(key for key, count in Counter(keys).items() if count > 1)
-            raise _malformed(f"the key {twice!r} comes twice", node)
-        children = [value for _, value in node.value]
-        texts = keys
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    else:
-        texts = [node.value]
-    if any(_UNWRITABLE.search(text) for text in texts):
-        raise _malformed("a text holds a NUL or half a character, which no name of a file may hold", node)
-    total = 1 + sum(_check(child, sizes) for child in children)
-    if total > MAX_SIZE:
-        raise _malformed("its aliases expand to too many values", node)
-    sizes[id(node)] = total
-    return total
-
-
-def _malformed(why: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=why, problem_mark=at.start_mark)
-
-
 def parse(text: str, where: str) -> object:
-    """YAML text as plain data, before interpolation; keys are strings.
-
-    Raises:
-        ConfigError: it is malformed; `where` and the line begin the message.
-    """
+    """`strict_yaml.load`, with mistakes raised as ConfigError."""
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check(node, {})
-        data = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None and "\n" in text else ""
-        why = " ".join(str(part) for part in (error.context, error.problem) if part)
-        if "'\\t'" in why:
-            why = "begins by a tab, and YAML takes spaces alone; write two spaces for each tab"
-        raise ConfigError(f"{where}{line}: {' '.join(why.split())}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-    if loader.mistakes:
-        raise ConfigError("\n".join(f"{where}: {mistake}" for mistake in loader.mistakes))
-    return data
+        return strict_yaml.load(text, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def write_resolved(data: Mapping[str, object]) -> str:
-    """Plain data as YAML text that `read_resolved` and `load_yaml` both give back unchanged."""
-    return yaml.dump(_each_string(dict(data), _escaped), Dumper=_Dumper, sort_keys=False, width=120)
+    """Plain data as YAML text that `read_resolved` and `load_yaml` both read back unchanged."""
+    return strict_yaml.dump(_each_string(dict(data), _escaped))
 
 
 def read_resolved(path: str | Path) -> dict[str, object]:
-    """Read a config.yaml that a run or a conversion wrote: nothing in it is interpolated.
+    """Read a config.yaml that a run or a conversion wrote; nothing in it is interpolated.
 
     Raises:
         ConfigError: the file is missing or malformed.

@@ -1,7 +1,7 @@
-"""Signals that ask this process to stop, without importing torch: in order at the first one, at once at a second.
+"""Handle signals that stop this process, without importing torch: the first stops in order, the second at once.
 
-Python runs a signal's handler between two of its own instructions, so never while the process waits inside a collective
-or writes a file. So a thread, which the system's handler wakes in any case, ends a process that does not end by itself.
+Python runs a signal handler between two bytecode instructions, so not while the process waits in a collective or writes
+a file. Therefore a thread, which the system's handler always wakes, ends a process that does not end by itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ GRACE = 2.0  # seconds for a process to end by itself
 
 
 class Stop(BaseException):
-    """A signal ends the process now. No Exception: nothing must catch it on the way.
+    """A signal ends the process now. It is not an Exception, so that nothing on the way catches it.
 
     Attributes:
-        code: the exit code, 128 and the signal's number, as shells give it.
+        code: the exit code, 128 plus the signal's number, as in shells.
     """
 
     def __init__(self, number: int) -> None:
@@ -37,15 +37,15 @@ class Stop(BaseException):
 
 
 def name(number: int) -> str:
-    """What a signal is called: `SIGTERM`, or `Ctrl-C`."""
+    """The name of a signal: `SIGTERM`, or `Ctrl-C`."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
 def on_signal(first: Callable[[int], None] | None = None) -> Iterator[None]:
-    """Within this, a signal raises `Stop`; if `first` is given, the first one calls that with its number instead.
+    """Within the block, a signal raises `Stop`; if `first` is given, the first signal calls it with its number instead.
 
-    Outside of the main thread, where Python takes no signals, nothing changes.
+    Outside the main thread, where Python receives no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,7 +70,7 @@ def on_signal(first: Callable[[int], None] | None = None) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked child: its signals are its own, and must not wake the thread of its parent."""
+    """In a forked child: its signals are its own and must not wake the parent's thread."""
     for number in STOPPING:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), _Listener):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

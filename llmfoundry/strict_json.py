@@ -1,7 +1,7 @@
-"""JSON as it is in files of others: one reader that knows what may be wrong with it, and raises a ValueError.
+"""Read JSON from untrusted files with one strict reader that raises ValueError for anything malformed.
 
-Python's own takes `NaN`, `Infinity` and `1e400` for numbers, keeps the last of several equal keys, and ends in a
-RecursionError where lists are nested deeply. A name may lead to a pipe, on which reading waits for ever.
+Python's reader accepts `NaN`, `Infinity` and `1e400`, keeps the last of several equal keys, and fails with
+RecursionError on deep nesting. A name may also lead to a pipe, on which reading would wait for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parse_json(text: str | bytes) -> Json:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is malformed, has a number that is not finite, a key twice, or is nested too deeply.
+        ValueError: it is malformed, has a number that is not finite or a repeated key, or is nested too deeply.
     """
     try:
         found: Json = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_mapping)
@@ -41,14 +41,14 @@ def read_json(path: Path, follow: bool = True) -> Json:
         follow: whether the file may be a link.
 
     Raises:
-        ValueError: as `parse_json`, or it is not a plain file, or too long.
+        ValueError: as `parse_json`; or it is not a regular file, or too long.
         OSError: it cannot be read.
     """
     return parse_json(read_plain(path, follow))
 
 
 def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
-    """The mapping in a file; raises as `read_json`, and ValueError where it is not a mapping."""
+    """The mapping in a file; raises as `read_json`, and ValueError if it is not a mapping."""
     found = read_json(path, follow)
     if not isinstance(found, dict):
         raise ValueError(f"it must hold a mapping, found {type(found).__name__}")
@@ -56,10 +56,10 @@ def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
 
 
 def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a plain file: reading never waits for another process.
+    """The bytes of a regular file; reading never waits for another process.
 
     Raises:
-        ValueError: it is not a plain file, or longer than `most` bytes.
+        ValueError: it is not a regular file, or longer than `most` bytes.
         OSError: it cannot be read.
     """
     if not follow and path.is_symlink():
@@ -72,10 +72,10 @@ def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a plain file, each with its end; half a line that a killed process has left at the end is left out.
+    """Yield the lines of a regular file with their line breaks; an incomplete last line is left out.
 
     Raises:
-        ValueError: it is not a plain file, or a line is longer than MOST_OF_LINE.
+        ValueError: it is not a regular file, or a line is longer than MOST_OF_LINE.
         OSError: it cannot be read.
     """
     with _opened(path) as file:
@@ -94,10 +94,10 @@ def _opened(path: Path) -> BinaryIO:
     return file
 
 
-def whole_number(value: Json, least: int = 0) -> int:
-    """A number that is whole, not below `least`, and fits into 63 bits; raises ValueError otherwise."""
-    if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is not an integer of at least {least}")
+def whole_number(value: Json) -> int:
+    """A number that is whole, not negative, and fits into 63 bits; raises ValueError otherwise."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is not an integer of at least 0")
     return value
 
 

@@ -1,13 +1,13 @@
-"""Small messages among the processes of a run, by a tree of small groups: no process is connected to every other.
+"""Small messages among the processes of a run, over a tree of small groups, so that no process is connected to all.
 
-A gloo group connects each member to each other and sums in a ring. Over 4,096 ranks that is 4,095 sockets in every
-process, and 8,190 messages one after another for each number that ranks agree on. Here FANOUT neighbours form a group,
-the first of each group form the groups of the next level, and so on up to a single one:
+A gloo group connects each member to every other and reduces in a ring. With 4,096 ranks that is 4,095 sockets in every
+process, and 8,190 sequential messages for each number that ranks agree on. Here FANOUT neighbours form a group, the
+first ranks of the groups form the groups of the next level, and so on up to a single one:
 
     ranks 0-15, 16-31, ... 4080-4095      0, 16, ... 240    256, 272, ...      0, 256, ... 3840
 
-A rank has at most FANOUT - 1 connections per level, and what ranks agree on goes up and down once. Tensors of a step do
-not come here: they are for the groups of the mesh.
+A rank has at most FANOUT - 1 connections per level, and an agreement goes up and down once. Tensors of a step use the
+groups of the mesh instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FANOUT = 16
 
 
 def levels(rank: int, world: int) -> list[range]:
-    """The groups of ranks that one belongs to, the lowest first; it is the first of each but its last."""
+    """The groups of ranks that a rank belongs to, lowest first; it is the first rank of each but the last."""
     found, step = [], 1
     while step < world and rank % step == 0:
         first = rank // (step * FANOUT) * (step * FANOUT)
@@ -38,8 +38,8 @@ class Tree:
     """All ranks of a run; each calls the same methods in the same order, in one thread.
 
     Args:
-        store: for this tree alone.
-        timeout: seconds that a message is waited for.
+        store: a store for this tree alone.
+        timeout: seconds to wait for a message.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
@@ -49,12 +49,12 @@ class Tree:
         self._rank, self._world = rank, world
 
     def set_timeout(self, seconds: float) -> None:
-        """From now on, a message is waited for so long."""
+        """Change how long to wait for a message."""
         for group in self._groups:
             group._set_default_timeout(datetime.timedelta(seconds=seconds))  # type: ignore[attr-defined]  # of gloo
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        """Combine a tensor on the CPU over all ranks, in place."""
+        """Reduce a CPU tensor over all ranks, in place."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(op)
         for group in self._groups:
@@ -64,7 +64,7 @@ class Tree:
         return tensor
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 has."""
+        """Return rank 0's value."""
         content = _pickled(value) if self._rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([content.numel()])
         for group in reversed(self._groups):
@@ -76,7 +76,7 @@ class Tree:
         return value if self._rank == 0 else pickle.loads(content.numpy().tobytes())
 
     def gather(self, value: T) -> list[T]:
-        """What every rank has, by rank; on rank 0 alone, others get an empty list."""
+        """Gather the values of all ranks, in order of rank, on rank 0; other ranks get an empty list."""
         found = [value]
         for group in self._groups:
             if group.rank() > 0:
@@ -93,7 +93,7 @@ class Tree:
         return found if self._rank == 0 else []
 
     def all_gather(self, value: T) -> list[T]:
-        """What every rank has, by rank; it grows with the number of ranks, so it is not for steps."""
+        """Gather the values of all ranks, in order of rank. Its cost grows with the number of ranks: not for steps."""
         return self.broadcast(self.gather(value))
 
 
@@ -104,12 +104,12 @@ def _group(store: dist.Store, ranks: range, rank: int, timeout: float) -> dist.P
 
 
 def _broadcast(group: dist.ProcessGroup, tensor: Tensor) -> None:
-    """From the first of a group to the others."""
+    """Broadcast from the first member of a group to the others."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([tensor], options).wait()
 
 
 def _pickled(value: object) -> Tensor:
-    """Read by the other processes of this run alone."""
+    """Pickle a value; only processes of this run read it."""
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The shape of the house, as tests: floors, import circles, names, documentation. Standard library only."""
+"""The architecture as tests: layers, import cycles, names, documentation. Standard library only."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmfoundry"
 
-# Ground first. A module may import from its own room and from the floors below it.
-FLOORS = [
-    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "tree"},
+# Lowest first. A module may import from its own package and from lower layers. A top-level module counts as a package.
+LAYERS = [
+    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "strict_yaml", "tree"},
     {"settings", "runtime", "stopping"},
     {"kernels", "data", "code"},
     {"layers"},
@@ -25,13 +25,13 @@ FLOORS = [
     {"callbacks", "integrations", "planning"},
     {"cli"},
 ]
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 each_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
 
 
-def _room(path: Path) -> str:
+def _package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -62,42 +62,42 @@ def _imports(path: Path, for_types_too: bool = True) -> set[str]:
     return {name for name in found if name.startswith("llmfoundry.")}
 
 
-def _rooms_imported(path: Path) -> set[str]:
-    # A name that is not a room is something that the package's own __init__ exports.
-    return {name.split(".")[1] for name in _imports(path)} & set(FLOOR)
+def _packages_imported(path: Path) -> set[str]:
+    # Any other name is something that the package's own __init__ exports.
+    return {name.split(".")[1] for name in _imports(path)} & set(LAYER)
 
 
-def test_every_room_has_a_floor() -> None:
-    homeless = sorted({_room(path) for path in FILES} - set(FLOOR))
-    assert not homeless, f"give {homeless} a floor in FLOORS"
+def test_every_package_has_a_layer() -> None:
+    missing = sorted({_package_of(path) for path in FILES} - set(LAYER))
+    assert not missing, f"add {missing} to LAYERS"
 
 
 @each_file
 def test_imports_only_go_down(path: Path) -> None:
-    here = FLOOR[_room(path)]
-    up = sorted(name for name in _rooms_imported(path) if FLOOR[name] > here)
-    assert not up, f"{path.name} is on floor {here} and imports {up} from above"
+    here = LAYER[_package_of(path)]
+    up = sorted(name for name in _packages_imported(path) if LAYER[name] > here)
+    assert not up, f"{path.name} is in layer {here} and imports {up} from higher layers"
 
 
 @each_file
-def test_rooms_of_one_floor_do_not_import_each_other(path: Path) -> None:
-    room = _room(path)
-    siblings = sorted(name for name in _rooms_imported(path) if FLOOR[name] == FLOOR[room] and name != room)
-    assert not siblings, f"{path.name} imports {siblings} from its own floor"
+def test_packages_of_one_layer_do_not_import_each_other(path: Path) -> None:
+    package = _package_of(path)
+    siblings = sorted(name for name in _packages_imported(path) if LAYER[name] == LAYER[package] and name != package)
+    assert not siblings, f"{path.name} imports {siblings} from its own layer"
 
 
-def test_no_import_circle() -> None:
+def test_no_import_cycle() -> None:
     modules = {_module(path) for path in FILES}
     graph = {_module(path): _imports(path, for_types_too=False) & modules for path in FILES}
     try:
         TopologicalSorter(graph).prepare()
-    except CycleError as circle:
-        pytest.fail(" -> ".join(circle.args[1]))
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_nobody_imports_callbacks() -> None:
     allowed = {"callbacks", "cli"}
-    guilty = sorted(p.name for p in FILES if "callbacks" in _rooms_imported(p) and _room(p) not in allowed)
+    guilty = sorted(p.name for p in FILES if "callbacks" in _packages_imported(p) and _package_of(p) not in allowed)
     assert not guilty, f"{guilty} import callbacks; a callback is found by its name in the YAML"
 
 
@@ -147,8 +147,8 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert not lost, f"{page.name} names {lost}"
 
 
-def test_contributing_lists_every_package_on_its_floor() -> None:
+def test_contributing_lists_every_package_in_its_layer() -> None:
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    listed = {int(floor): {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.+?)`", rooms)}
-              for floor, rooms in rows}  # fmt: skip
-    assert listed == dict(enumerate(FLOORS))
+    listed = {int(layer): {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.+?)`", packages)}
+              for layer, packages in rows}  # fmt: skip
+    assert listed == dict(enumerate(LAYERS))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry.config import ConfigError, check, import_code
 from llmfoundry.layers.rope import RopeScaling
 from llmfoundry.model.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The console: lines, and on a terminal a live view below them (`progress_bar: false`: lines alone).
+"""The console: log lines and, on a terminal, a live view below them (`progress_bar: false` shows lines only).
 
 `log_to_console: false` turns both off.
 """
@@ -19,18 +19,18 @@ from llmfoundry.eval.icl import PREFIX
 from llmfoundry.train.callback import Callback, Metrics, Run
 from llmfoundry.train.run import EVALUATED, is_evaluated
 
-MUCH_EVALUATION = 0.25  # of the time of the run
+MUCH_EVALUATION = 0.25  # fraction of the run time
 
 
 class Console(Callback):
-    """One line every `console_log_interval`, from rank 0; on a terminal a view below the lines."""
+    """Prints one line every `console_log_interval` on rank 0 and, on a terminal, a view below the lines."""
 
     def __init__(self) -> None:
         self.out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self.view: LiveView | None = None
         self.gpu_memory: float | None = None  # bytes
-        self.validation: float | None = None  # of the last evaluation
-        self.begun: tuple[float, int] | None = None  # when the first step of this process had ended, and which it was
+        self.validation: float | None = None  # at the last evaluation
+        self.begun: tuple[float, int] | None = None  # when the first step of this process ended, and its number
 
     def fit_start(self, trainer: Run) -> None:
         if not runtime.is_rank0():
@@ -47,7 +47,7 @@ class Console(Callback):
         if trainer.device.type == "cuda":
             self.out.print("the first step also compiles the model and times the kernels' tile sizes: about a minute")
             self.gpu_memory = torch.cuda.get_device_properties(trainer.device).total_memory
-        # Not by `is_terminal` alone, which FORCE_COLOR sets for a pipe too.
+        # `is_terminal` alone is not enough: FORCE_COLOR sets it for pipes too.
         if trainer.config.progress_bar and sys.stdout.isatty() and not self.out.is_dumb_terminal:
             self.view = LiveView(self.out, trainer.config.run_name or "")
             self.view.start()
@@ -57,7 +57,7 @@ class Console(Callback):
         if not runtime.is_rank0():
             return
         step, now = trainer.state.step, time.monotonic()
-        self.begun = self.begun or (now, step)  # the first step compiles, and says nothing about the others
+        self.begun = self.begun or (now, step)  # the first step compiles, so its time is not representative
         seconds, steps = now - self.begun[0], step - self.begun[1]
         total = trainer.timeline.expected_steps(step)
         left = seconds / steps * (total - step) if steps and total is not None else None
@@ -106,7 +106,7 @@ class Console(Callback):
 
 
 def tasks_line(metrics: Metrics) -> list[str]:
-    """Of tasks: what the gauntlet makes of them, or without one the accuracy of each, categories left out."""
+    """Return a line on tasks: the gauntlet's scores, or without a gauntlet each task's accuracy, without categories."""
     found = {key.removeprefix(COMPOSITE): value for key, value in metrics.items() if key.startswith(COMPOSITE)}
     for key, value in metrics.items() if not found else ():
         task, _, metric = key.removeprefix(PREFIX).rpartition("/")
@@ -116,7 +116,7 @@ def tasks_line(metrics: Metrics) -> list[str]:
 
 
 def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None = None) -> str:
-    """The few numbers of a step for the console; the total is not known at the start of a run by the clock."""
+    """Return a step's main numbers for the console. A run limited by time does not know its total at the start."""
     of = "" if total_steps is None else f"/{total_steps}"
     parts = [f"step {metrics['step']:>{len(of) - 1 if of else 0}}{of}"]
     shown = {
@@ -132,7 +132,7 @@ def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None =
         "metrics/eval/bits_per_byte": "{:.4f} bits/byte",
     }
     parts += [form.format(metrics[key]) for key, form in shown.items() if key in metrics]
-    for key, value in metrics.items():  # of eval_loaders: metrics/eval/LABEL/LanguageCrossEntropy
+    for key, value in metrics.items():  # for eval_loaders: metrics/eval/LABEL/LanguageCrossEntropy
         label, _, name = key.removeprefix(EVALUATED).partition("/")
         if key.startswith(EVALUATED) and name == "LanguageCrossEntropy":
             parts.append(f"{label} {value:.4f}")

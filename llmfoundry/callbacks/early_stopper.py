@@ -1,9 +1,9 @@
-"""`early_stopper`: ends the run when a metric has not improved for a while. The words are Composer's.
+"""`early_stopper`: ends the run when a metric has stopped improving. The keys are Composer's.
 
     callbacks:
       early_stopper: {monitor: LanguageCrossEntropy, dataloader_label: eval, patience: 500ba}
 
-The run then ends as if `max_duration` had been reached, and starting it again trains no further.
+The run then ends as if `max_duration` had been reached; starting it again does not continue training.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Duration, Interval
 from llmfoundry.train.run import EVALUATED
 
-# Composer's own default for LanguageCrossEntropy is "greater", which would stop a run that learns.
+# Composer's default for LanguageCrossEntropy is "greater", which would stop a run that learns.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "entropy", "bits_per_byte", "/ce")
 _PERPLEXITY, _ENTROPY = "LanguagePerplexity", "LanguageCrossEntropy"
 
 
 class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
-    """What is watched, and how long it may fail to improve."""
+    """The metric to watch, and for how long it may fail to improve."""
 
-    monitor: str  # LanguageCrossEntropy, LanguagePerplexity, bits_per_byte, or a whole key of metrics.jsonl
+    monitor: str  # LanguageCrossEntropy, LanguagePerplexity, bits_per_byte, or a full key of metrics.jsonl
     dataloader_label: str  # eval, train, or the label of one of eval_loaders
-    # Which values are better; None: less for losses, errors, entropies, perplexities and bits; else greater
+    # Which values are better. None: lower for losses, errors, entropies, perplexities and bits, otherwise greater
     comp: Literal["less", "lt", "greater", "gt"] | None = None
-    min_delta: float = 0.0  # an improvement is larger than this
-    patience: Interval = Duration.parse("1ep")  # stop when the metric has not improved for longer than this
+    min_delta: float = 0.0  # smallest change that counts as an improvement
+    patience: Interval = Duration.parse("1ep")  # stop if the metric has not improved for longer than this
 
     def build(self) -> EarlyStopper:
         return EarlyStopper(self)
@@ -49,7 +49,7 @@ class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
 
     @property
     def key(self) -> str:
-        """Of the metric, in metrics.jsonl."""
+        """The metric's name in metrics.jsonl."""
         if "/" in self.monitor:
             return self.monitor
         metric = _ENTROPY if self.monitor == _PERPLEXITY else self.monitor
@@ -72,10 +72,10 @@ class EarlyStopper(Callback):
         self.config = config
         self.best: float | None = None
         self.best_step = 0
-        self.best_seconds = 0.0  # of the run's clock
+        self.best_seconds = 0.0  # on the run's clock
 
     def fit_start(self, trainer: Run) -> None:
-        self._look(trainer)  # a run that ended so, started again
+        self._look(trainer)  # the run was restarted after it had stopped
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         value = metrics.get(self.config.key)
@@ -106,14 +106,14 @@ class EarlyStopper(Callback):
             self.best_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def _is_late(self, trainer: Run) -> bool:
-        """Whether the best value is older than `patience`."""
+        """Return whether the best value is older than `patience`."""
         seconds = trainer.timeline.seconds(self.config.patience)
         if seconds is not None:
             return trainer.timeline.clock.seconds - self.best_seconds > seconds
         return trainer.state.step - self.best_step > trainer.timeline.steps(self.config.patience)
 
     def _is_due(self, metrics: Metrics) -> bool:
-        """Whether the metric ought to be among these."""
+        """Return whether these metrics should contain the watched one."""
         return self.config.dataloader_label == "train" or any(key.startswith(EVALUATED) for key in metrics)
 
     def _improves(self, value: float, best: float) -> bool:

@@ -1,4 +1,4 @@
-"""`expert_load`: a warning when experts starve. The loads themselves are in every step's metrics (`moe/load`)."""
+"""`expert_load`: warns when experts starve. The loads themselves are in every step's metrics (`moe/load`)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ log = logging.getLogger(__name__)
 class ExpertLoadConfig(CallbackConfig, names=("expert_load",)):
     """Experts starve when the least busy one of some layer stays below `starving_below` of an equal share."""
 
-    starving_below: float = Field(0.1, gt=0, lt=1)  # share of an even load; a smaller one is too little
-    patience: int = Field(100, ge=1)  # steps in a row
+    starving_below: float = Field(0.1, gt=0, lt=1)  # warn if an expert's load is below this share of an even load
+    patience: int = Field(100, ge=1)  # number of consecutive steps before a warning
 
     def build(self) -> ExpertLoad:
         return ExpertLoad(self)
 
 
 class ExpertLoad(Callback):
-    """Warns each time that experts have starved for another `patience` steps."""
+    """Warns each time experts have starved for another `patience` steps."""
 
     def __init__(self, config: ExpertLoadConfig) -> None:
         self.config = config
-        self.steps = 0  # in a row, with an expert starving
+        self.steps = 0  # consecutive steps with a starving expert
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         least = metrics.get("moe/min_load")

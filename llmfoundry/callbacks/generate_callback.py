@@ -1,9 +1,9 @@
-"""`generate_callback`: what the model writes after some prompts, during training. The words are Composer's.
+"""`generate_callback`: continues some prompts during training. The keys are Composer's.
 
     callbacks:
       generate_callback: {prompts: ["The answer is"], interval: 500ba, max_new_tokens: 40, do_sample: true}
 
-Each time, loggers get a table `generations`, and `save_folder/generations.jsonl` a line for each prompt.
+Each time, loggers get a table `generations`, and `save_folder/generations.jsonl` gets a line for each prompt.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ FILE = "generations.jsonl"
 
 
 class GenerateConfig(CallbackConfig, names=("generate_callback",)):
-    """The prompts, when they are continued, and how. The seed of the draws is the run's."""
+    """The prompts, and when and how they are continued. Sampling uses the run's seed."""
 
     prompts: Annotated[list[str], Field(min_length=1)]  # the texts to continue
-    interval: Interval  # and after the last step
-    batch_size: int | None = Field(None, ge=1)  # prompts are continued one at a time, whatever this says
-    max_new_tokens: int = Field(20, ge=1)  # of one prompt, at most
-    do_sample: bool = False  # false: the likeliest token each time
-    temperature: float = Field(1.0, gt=0)  # of sampling; lower is less random
+    interval: Interval  # interval between generations; also generates after the last step
+    batch_size: int | None = Field(None, ge=1)  # accepted, without effect: prompts are continued one at a time
+    max_new_tokens: int = Field(20, ge=1)  # maximum tokens per continuation
+    do_sample: bool = False  # false: greedy decoding
+    temperature: float = Field(1.0, gt=0)  # sampling temperature; lower is less random
     top_p: float = Field(1.0, gt=0, le=1)  # sample from the most likely tokens that together have this probability
     top_k: int | None = Field(None, ge=0)  # sample from this many of the most likely tokens; null or 0: from all
-    use_cache: bool = True  # always so
+    use_cache: bool = True  # accepted, without effect: the cache is always used
 
     def build(self) -> GenerateCallback:
         return GenerateCallback(self)
 
 
 class GenerateCallback(AtIntervals):
-    """Every rank generates, for the forward of a sharded model is collective; rank 0 writes."""
+    """Every rank generates, because the forward of a sharded model is collective; rank 0 writes."""
 
     def __init__(self, config: GenerateConfig) -> None:
         super().__init__(config.interval)

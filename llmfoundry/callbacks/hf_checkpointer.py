@@ -1,11 +1,11 @@
-"""`hf_checkpointer`: the model as a Hugging Face folder, every so often. The words are LLM Foundry's.
+"""`hf_checkpointer`: exports the model as a Hugging Face folder at intervals. The keys are LLM Foundry's.
 
     callbacks:
       hf_checkpointer: {save_folder: runs/{run_name}, save_interval: 1000ba, precision: bfloat16}
 
-The folder may be in a store (`s3://bucket/{run_name}`): an export is written here, uploaded, and deleted here.
-Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would; with
-`model.lora` the adapters alone, as peft reads them. Training waits.
+The folder may be in a store (`s3://bucket/{run_name}`): an export is written locally, uploaded, and deleted locally.
+Folders are named `save_folder/huggingface/ba1000` and so on. Each contains the tokenizer, as with `convert.py to-hf`;
+with `model.lora` it contains only the adapters, in peft's format. Training waits for the export.
 """
 
 from __future__ import annotations
@@ -40,16 +40,15 @@ SUBFOLDER = "huggingface"
 
 
 class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
-    """Where, when and how; {run_name}, {epoch}, {batch} and others are filled in, in both names."""
+    """Where, when and how to export. Both names may contain {run_name}, {epoch}, {batch} and others."""
 
-    save_folder: PlacePattern  # where the exports go: a folder, or a URL (s3://...)
-    save_interval: Interval  # and after the last step
-    huggingface_folder_name: PathPattern = "ba{batch}"  # of one export, below save_folder
-    precision: Precision = "float32"  # of the weights
-    overwrite: bool = True  # false: what is there is kept
-    flatten_imports: list[str] = ["llmfoundry"]  # no code is exported, so there is nothing to flatten
-    # Not supported: models are not registered with MLflow
-    mlflow_registered_model_name: str | None = None
+    save_folder: PlacePattern  # folder of the exports: a path or a URL (s3://...)
+    save_interval: Interval  # interval between exports; also exports after the last step
+    huggingface_folder_name: PathPattern = "ba{batch}"  # name of one export's folder below save_folder/huggingface
+    precision: Precision = "float32"  # dtype of the exported weights
+    overwrite: bool = True  # false: keep an existing export of the same name
+    flatten_imports: list[str] = ["llmfoundry"]  # accepted, without effect: no code is exported
+    mlflow_registered_model_name: str | None = None  # not supported: models are not registered with MLflow
     mlflow_logging_config: dict[str, object] | None = None  # accepted, without effect
     final_register_only: bool = False  # not supported: models are not registered
     register_wait_seconds: int = 7200  # accepted, without effect
@@ -65,7 +64,7 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
         return HFCheckpointer(self)
 
     def check_run(self, run: RunConfig) -> None:
-        """Refuse at once what could not be written after hours."""
+        """Refuse at the start what could not be exported hours later."""
         model = run.model
         if isinstance(model, CausalLMConfig) and model.lora is not None:
             model = model.model_copy(update={"lora": None})
@@ -96,7 +95,7 @@ class HFCheckpointer(AtIntervals):
         log.info("step %d: written for transformers to %s", trainer.state.step, place)
 
     def _write_adapters(self, trainer: Run, target: Path) -> None:
-        """With `model.lora`: the adapters alone, as peft reads them; the folder of their base stays where it was."""
+        """With `model.lora`, write only the adapters, in peft's format; their base is not exported."""
         base = trainer.model.config.model_copy(update={"lora": None})
         family, _ = write_config(base)
         source = trainer.config.load_path or ""
@@ -106,7 +105,7 @@ class HFCheckpointer(AtIntervals):
             trainer.tokenizer.save_pretrained(target)
 
     def _target(self, place: str) -> Path | None:
-        """Where the new folder is written; None if an older one is to be kept."""
+        """Return the folder to write to; None if an existing one is to be kept."""
         folder = Path(place)
         if (bool(listing(place)) if is_url(place) else folder.exists()) and not self.config.overwrite:
             log.warning("hf_checkpointer: %s already exists and is kept (overwrite: false)", place)
@@ -119,7 +118,7 @@ class HFCheckpointer(AtIntervals):
 
 
 def _put(written: Path, place: str) -> None:
-    """Give what was written its name, which an older folder may have."""
+    """Move a finished export to its final name, replacing an older folder."""
     if is_url(place):
         try:
             put_folder(written, place, "config.json")

@@ -1,4 +1,4 @@
-"""`inmemory`: keeps every metric in this process, for programs that train and then look at the numbers.
+"""`inmemory`: keeps every metric in this process, for programs that train and then read the numbers.
 
 trainer = build(config)
 trainer.fit()
@@ -18,12 +18,12 @@ class InMemoryConfig(LoggerConfig, names=("inmemory", "in_memory_logger")):
 
 
 class InMemory(Callback):
-    """On every rank.
+    """Records metrics on every rank.
 
     Attributes:
-        data: of each metric, its steps and values.
-        most_recent_values: of each metric, the newest value.
-        tables: of each name, the steps and tables.
+        data: for each metric, its (step, value) pairs.
+        most_recent_values: for each metric, its newest value.
+        tables: for each name, (step, table) pairs.
     """
 
     def __init__(self) -> None:

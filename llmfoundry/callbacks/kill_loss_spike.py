@@ -1,4 +1,4 @@
-"""`kill_loss_spike`: warns of losses that jump and stay high, or ends the run; by LLM Foundry's rules."""
+"""`kill_loss_spike`: warns of loss spikes that last, or ends the run, by LLM Foundry's rules."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LEAST_WINDOW, WINDOW_SHARE, MOST_LOSS = 100, 0.05, 10.0
 
 
 class KillLossSpikeConfig(CallbackConfig, names=("kill_loss_spike",)):
-    """A spike: more than `patience` losses in a row of `outlier_multiplier` times the window's mean or more."""
+    """A spike: more than `patience` losses in a row of at least `outlier_multiplier` times the window's mean."""
 
-    log_only: bool = True  # warn; false: end the run with an error
-    patience: int = Field(4, ge=0)  # steps
-    outlier_multiplier: float = Field(2.0, gt=1)  # a loss of this many times the window's mean is an outlier
-    window_size: int | None = Field(None, ge=1)  # steps; None: 5 % of the run, 100 at least
-    # Half of the window above it is a loss that is too high; None: the highest of the first window, 10 at most
+    log_only: bool = True  # true: only warn; false: end the run with an error
+    patience: int = Field(4, ge=0)  # number of consecutive outliers that are tolerated
+    outlier_multiplier: float = Field(2.0, gt=1)  # a loss of at least this many times the window's mean is an outlier
+    window_size: int | None = Field(None, ge=1)  # steps; None: 5 % of the run, at least 100
+    # The loss is too high if half of the window is above this. None: the highest loss of the first window, at most 10
     loss_cap: float | None = Field(None, gt=0)
 
     def build(self) -> KillLossSpike:
@@ -36,10 +36,10 @@ class KillLossSpike(Callback):
         self.config = config
         self.window: deque[float] = deque()
         self.cap = config.loss_cap
-        self.outliers = 0  # in a row
+        self.outliers = 0  # consecutive ones
 
     def fit_start(self, trainer: Run) -> None:
-        total = trainer.timeline.expected_steps(trainer.state.step)  # None in a run by the clock
+        total = trainer.timeline.expected_steps(trainer.state.step)  # None for a run with a time limit
         share = round((total or 0) * WINDOW_SHARE)
         self.window = deque(self.window, maxlen=self.config.window_size or max(LEAST_WINDOW, share))
 
@@ -66,7 +66,7 @@ class KillLossSpike(Callback):
             self.cap = cap
 
     def _spike(self, loss: float) -> str:
-        """What is wrong if this loss makes a spike that lasts."""
+        """Return the message if this loss completes a spike that lasts."""
         mean = sum(self.window) / len(self.window)
         self.outliers = self.outliers + 1 if loss >= mean * self.config.outlier_multiplier else 0
         if self.outliers <= self.config.patience:
@@ -77,7 +77,7 @@ class KillLossSpike(Callback):
         )
 
     def _high(self, step: int, cap: float) -> str:
-        """What is wrong if half of the window is above the cap, once two windows have passed."""
+        """Return the message if half of the window is above the cap, once two windows have passed."""
         size = len(self.window)
         n_high = sum(loss > cap for loss in self.window)
         if step < 2 * size or n_high < size / 2:

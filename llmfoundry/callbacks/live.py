@@ -1,6 +1,6 @@
-"""What a terminal shows of a run below its lines: progress, time left, loss, speed, memory, load of the experts.
+"""The live view of a run on a terminal: progress, time left, loss, speed, memory, load of the experts.
 
-It is drawn between two steps, at most twice a second, and so seldom that drawing takes less than COST of the time.
+It is drawn between two steps, at most twice a second, and so rarely that drawing takes less than COST of the time.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-COST = 0.004  # of the time
-INTERVAL = 0.5  # seconds between two pictures, at least
+COST = 0.004  # fraction of the run time
+INTERVAL = 0.5  # minimum seconds between redraws
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-FRAMED = (60, 16)  # columns and rows from which there is room for a frame
-ECHO = 3  # columns that stay free at the right: a terminal writes ^C there, which must not begin a new line
-KEPT = 2048  # losses, each the mean of equally many steps
+FRAMED = (60, 16)  # minimum columns and rows for a frame
+ECHO = 3  # columns kept free at the right: a terminal echoes ^C there, which must not wrap
+KEPT = 2048  # maximum number of points, each the mean of equally many steps
 
 
 class Now(NamedTuple):
-    """What the view shows of a run after a step."""
+    """The state of a run after a step, as the view shows it."""
 
     step: int
-    total: int | None  # steps; None: not known yet
+    total: int | None  # steps; None: unknown
     seconds_left: float | None
     loss: float | None = None
     validation: float | None = None
     tokens_per_second: float | None = None
-    mfu: float | None = None  # share of the peak
-    memory: float | None = None  # bytes, at the most
+    mfu: float | None = None  # fraction of the peak
+    memory: float | None = None  # bytes, at the peak
     memory_total: float | None = None  # bytes of the GPU
-    load: Sequence[float] = ()  # (E,) share of each expert, mean over layers; empty: a dense model
-    least: float | None = None  # load of any expert of any layer, 1 being an even one
+    load: Sequence[float] = ()  # (E,) share of each expert, averaged over layers; empty: dense model
+    least: float | None = None  # lowest load of any expert of any layer; 1 is the even load
     most: float | None = None
 
 
 class Losses:
-    """The losses of a run, thinned: a bounded number of means, each of equally many steps."""
+    """The losses of a run, thinned to a bounded number of means over equally many steps."""
 
     def __init__(self) -> None:
         self.means: list[float] = []
-        self._each, self._sum, self._n = 1, 0.0, 0  # steps of a mean; of the one that is being added up
+        self._each, self._sum, self._n = 1, 0.0, 0  # steps per mean; sum and count of the current mean
 
     def add(self, loss: float) -> None:
-        """Take one step's loss; one that is not finite is left out."""
+        """Add one step's loss; a loss that is not finite is left out."""
         if not math.isfinite(loss):
             return
         self._sum, self._n = self._sum + loss, self._n + 1
@@ -68,25 +68,25 @@ class Losses:
             self._each *= 2
 
     def recent(self) -> list[float]:
-        """Those of the last half of the steps."""
+        """Return the losses of the last half of the steps."""
         return self.means[len(self.means) // 2 :]
 
 
 class LiveView:
-    """The picture, and when it is drawn. Between `start` and `stop`, log lines are printed above it."""
+    """Draws the view. Between `start` and `stop`, log lines are printed above it."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self.losses = Losses()
-        # On stderr of the same terminal, what others print would run through the picture.
+        # If stderr is the same terminal, other output would overwrite the view.
         on_terminal = sys.stderr.isatty()
         self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=on_terminal)
         self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
-        self._busy, self._waiting = False, deque[str]()  # lines that came while something was being written
+        self._busy, self._waiting = False, deque[str]()  # lines that arrived while drawing
         self._due = 0.0
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr and sys.stderr.isatty():
                 self._handlers.append((handler, sys.stderr))
@@ -94,9 +94,10 @@ class LiveView:
         self._live.start()
 
     def print(self, text: str) -> None:
-        """Write a line above the picture.
+        """Print a line above the view.
 
-        Signals are logged by their handler, which may run while a line or a picture is half written: it waits.
+        Signals are logged by their handler, which may run while a line or the view is half written; then the line is
+        printed later.
         """
         self._waiting.append(text)
         if not self._busy:
@@ -114,11 +115,11 @@ class LiveView:
             self._busy = False
 
     def is_due(self) -> bool:
-        """Whether it is time for the next picture."""
+        """Return whether it is time to draw again."""
         return time.perf_counter() >= self._due
 
     def draw(self, now: Now) -> None:
-        """Draw a run as it is now."""
+        """Draw the current state of a run."""
         start = time.perf_counter()
         width, height = self._console.size
         ascii_only = self._console.options.ascii_only
@@ -129,7 +130,7 @@ class LiveView:
         self._due = end + pause(end - start)
 
     def stop(self) -> None:
-        """Wipe the picture, and give the terminal back."""
+        """Erase the view and restore the terminal."""
         for handler, stream in self._handlers:
             handler.setStream(stream)
         self._handlers = []
@@ -138,7 +139,7 @@ class LiveView:
 
 
 class _Above:
-    """A stream for log lines."""
+    """A stream that prints log lines above the view."""
 
     def __init__(self, view: LiveView) -> None:
         self._view = view
@@ -147,18 +148,18 @@ class _Above:
         self._view.print(text.removesuffix("\n"))
 
     def flush(self) -> None:
-        """Lines are written at once."""
+        """Do nothing: lines are written at once."""
 
 
 def pause(cost: float) -> float:
-    """Seconds to wait after a picture that took `cost` seconds."""
+    """Seconds to wait after drawing, which took `cost` seconds."""
     return max(INTERVAL, cost / COST)
 
 
 def picture(
     now: Now, losses: Sequence[float], title: str, width: int, height: int, ascii_only: bool = False
 ) -> RenderableType:
-    """The view for a terminal of `width` columns and `height` rows; every line is shorter, and three rows are left."""
+    """Return the view for a terminal of `width` columns and `height` rows. Lines are shorter; three rows stay free."""
     framed = width >= FRAMED[0] and height >= FRAMED[1]
     width -= ECHO
     inner = width - 4 if framed else width
@@ -201,7 +202,7 @@ def _rows(now: Now, losses: Sequence[float], width: int, levels: str) -> Iterabl
 
 
 def _with_spark(texts: Sequence[str], width: int, drawn: Callable[[int], Text]) -> Text:
-    """As many of the texts as fit beside at least eight characters of a drawing, which takes the rest of the line."""
+    """As many of the texts as fit beside a sparkline of at least eight characters, which takes the rest of the line."""
     words = texts[0]
     for text in texts[1:]:
         if len(words) + len(text) + 12 <= width:
@@ -212,7 +213,7 @@ def _with_spark(texts: Sequence[str], width: int, drawn: Callable[[int], Text]) 
 
 
 def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
-    """At most `width` characters, each the mean of equally many values, the lowest and the highest at the ends."""
+    """Return a sparkline of at most `width` characters, each the mean of a few values, and the range at both ends."""
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)] if n else [0]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -222,9 +223,9 @@ def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
 
 
 def balance(load: Sequence[float], width: int, levels: str = LEVELS) -> Text:
-    """A bar for each expert: half as high for an even load, full for twice as much, and red for an extreme one.
+    """Return a bar for each expert: half height for an even load, full height for twice that, red for extremes.
 
-    Where they are too many, experts beside each other share one, which shows the load that is furthest from even.
+    If there are too many experts, neighbours share a bar, which shows the load that is furthest from even.
     """
     relative = [share * len(load) / max(sum(load), 1e-9) for share in load]
     each = -(-len(load) // width)

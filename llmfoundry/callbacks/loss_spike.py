@@ -1,11 +1,11 @@
-"""`loss_spike`: what to do about a loss that jumps: log it, skip the batch, or go back and step past the data.
+"""`loss_spike`: reacts to a jump of the loss: logs it, skips the batch, or rolls back and steps past the data.
 
     callbacks:
       loss_spike: {action: roll_back, threshold: 6, patience: 2}
 
-A loss is a spike if it is above the median of the last steps by `threshold` times their spread (1.48 times the median
-absolute deviation: a normal distribution's standard deviation). Outliers move neither, so a spike does not hide the
-next one. `skip` and `roll_back` write the rows to `skipped.jsonl`.
+A loss is a spike if it exceeds the median of the last steps by more than `threshold` times their spread. The spread is
+1.48 times the median absolute deviation, which is the standard deviation for a normal distribution. Outliers change
+neither, so a spike does not hide the next one. `skip` and `roll_back` write the rows to `skipped.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ log = logging.getLogger(__name__)
 
 LOSS = "loss/train/total"
 NORMAL = 1.4826  # standard deviations in a median absolute deviation
-LEAST_SPREAD = 0.01  # of the median: losses that hardly differ make no spikes
+LEAST_SPREAD = 0.01  # of the median: losses that barely vary do not cause spikes
 
 
 class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
-    """Losses are compared with the last steps; every rank has the same ones, so all act at the same step."""
+    """Losses are compared with those of the last steps, which every rank has, so all ranks act at the same step."""
 
-    # log: a warning. skip: a step with such a loss changes nothing. roll_back: back to the last checkpoint, and on
-    # behind the rows that were read since
+    # log: log a warning. skip: skip the update of a step with such a loss. roll_back: return to the last checkpoint,
+    # and continue after the rows that were read since
     action: Literal["log", "skip", "roll_back"] = "log"
-    window_size: int = Field(128, ge=4)  # steps that a loss is compared with; nothing is a spike until half are there
-    threshold: float = Field(6.0, gt=0)  # spreads above the median
-    patience: int = Field(1, ge=1)  # for log and roll_back: this many spikes in a row
-    max_rollbacks: int = Field(3, ge=1)  # of a run; after one more, it ends with an error
+    # Number of steps to compare with; spikes are only detected once half of them are recorded
+    window_size: int = Field(128, ge=4)
+    threshold: float = Field(6.0, gt=0)  # a spike is this many spreads above the median
+    patience: int = Field(1, ge=1)  # for log and roll_back: number of consecutive spikes before acting
+    max_rollbacks: int = Field(3, ge=1)  # maximum rollbacks per run; the next one ends the run with an error
 
     def build(self) -> LossSpike:
         return LossSpike(self)
@@ -89,7 +90,7 @@ class LossSpike(Callback):
             losses = [float(loss) for loss in window if isinstance(loss, int | float)]
             self.window = deque(losses, maxlen=self.config.window_size)
             self.in_a_row = in_a_row
-            self.rollbacks = max(self.rollbacks, rollbacks)  # going back does not undo that
+            self.rollbacks = max(self.rollbacks, rollbacks)  # a rollback must not reset this
 
     def _arm(self, trainer: Run) -> None:
         if self.config.action == "skip":

@@ -13,7 +13,7 @@ class LRMonitorConfig(CallbackConfig, names=("lr_monitor",)):
 
 
 class LRMonitor(Callback):
-    """Adds `lr-DecoupledAdamW/group0` and so on: 1 is the first of `optimizer.param_groups`, 0 is the rest."""
+    """Adds `lr-DecoupledAdamW/group0` and so on: 1 is the first group of `optimizer.param_groups`, 0 is the rest."""
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         name = type(trainer.optimizer).__name__

@@ -1,7 +1,7 @@
-"""`mbmoe_tok_per_expert`: how the tokens spread over the experts, under LLM Foundry's names.
+"""`mbmoe_tok_per_expert`: how tokens are distributed over the experts, under LLM Foundry's names.
 
-The loads are those of the global batch, which every step counts anyway; LLM Foundry's are those of one GPU unless it
-reduces them (`all_reduce_stats`).
+Loads are those of the global batch, which every step counts anyway; LLM Foundry's are one GPU's unless it reduces them
+(`all_reduce_stats`).
 
 Shapes: L MoE layers, E experts.
 """
@@ -21,12 +21,12 @@ NAMES = ("min", "max", "median", "std")
 
 
 class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
-    """What is shown, and how often."""
+    """What is logged, and how often."""
 
-    log_interval: int = Field(10, ge=1)  # steps
-    log_every_layer: bool = False  # mb_moe/layer0_max_tpe, ... beside mb_moe/all_layers_max_tpe, ...
-    all_reduce_stats: bool = False  # always so: the loads are those of the global batch
-    normalize: bool = True  # the share of all tokens that went to an expert; false: how many
+    log_interval: int = Field(10, ge=1)  # steps between logs
+    log_every_layer: bool = False  # log mb_moe/layer0_max_tpe, ... in addition to mb_moe/all_layers_max_tpe, ...
+    all_reduce_stats: bool = False  # accepted, without effect: loads are always those of the global batch
+    normalize: bool = True  # log the share of tokens per expert; false: the number of tokens
 
     def build(self) -> TokPerExpert:
         return TokPerExpert(self)
@@ -37,7 +37,7 @@ class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
 
 
 class TokPerExpert(Callback):
-    """Reads loads that are on the device, after the step's metrics have waited for it."""
+    """Reads the loads from the device after the step's metrics have waited for it."""
 
     def __init__(self, config: TokPerExpertConfig) -> None:
         self.config = config
@@ -46,7 +46,7 @@ class TokPerExpert(Callback):
         due = trainer.state.step % self.config.log_interval == 0
         if trainer.router is None or trainer.balance is None or not metrics["step"] or not due:
             return
-        load = trainer.router.load.detach().float()  # (L, E) slots
+        load = trainer.router.load.detach().float()  # (L, E) slots per expert
         if self.config.normalize:
             load = load * trainer.balance.top_k / load.sum(1, keepdim=True)
         rows = [_statistics(load.flatten())]
@@ -58,5 +58,5 @@ class TokPerExpert(Callback):
 
 
 def _statistics(tokens: Tensor) -> Tensor:
-    """(n,) -> (4,): least, most, median (the lower of two), standard deviation of a sample."""
+    """Return minimum, maximum, median (the lower of two) and sample standard deviation: (n,) -> (4,)."""
     return torch.stack([tokens.min(), tokens.max(), tokens.median(), tokens.std()])

@@ -1,4 +1,4 @@
-"""`memory_monitor`: bytes that PyTorch holds on this GPU. Nothing on a CPU, as in Composer."""
+"""`memory_monitor`: the memory that PyTorch holds on this GPU. It logs nothing on a CPU, as in Composer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ KEYS = {
 
 
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
-    """Of rank 0, and of all ranks now and then."""
+    """Memory of rank 0 and, at an interval, of all ranks."""
 
-    memory_keys: dict[str, str] | None = None  # torch.cuda.memory_stats' names, and ours; None: all that are below
-    dist_aggregate_batch_interval: int | None = Field(None, ge=1)  # steps: ..._avg, _min and _max over the ranks
+    # Names in torch.cuda.memory_stats, and the names to log them under; None: the default set
+    memory_keys: dict[str, str] | None = None
+    # Steps between logs of ..._avg, _min and _max over the ranks
+    dist_aggregate_batch_interval: int | None = Field(None, ge=1)
 
     def build(self) -> MemoryMonitor:
         return MemoryMonitor(self)
 
 
 class MemoryMonitor(Callback):
-    """Adds `memory/...` in GB (1e9 bytes), and how often the allocator had to start over."""
+    """Adds `memory/...` in GB (1e9 bytes), and the number of allocation retries."""
 
     def __init__(self, config: MemoryMonitorConfig) -> None:
         self.config = config
@@ -49,14 +51,14 @@ class MemoryMonitor(Callback):
 
 
 def report(stats: Mapping[str, float], keys: dict[str, str]) -> dict[str, float]:
-    """The statistics that are there under our names, those in bytes in GB."""
+    """Return the available statistics under the names of metrics; those in bytes are converted to GB."""
     return {
         name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats
     }  # fmt: skip
 
 
 def over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """`NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
+    """Return `NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
     found: dict[str, float] = {}
     for name, column in zip(values, runtime.of_ranks(list(values.values())).T, strict=True):
         found |= {

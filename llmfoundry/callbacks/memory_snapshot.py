@@ -1,12 +1,13 @@
-"""`memory_snapshot`: who holds a GPU's memory, as a file for https://pytorch.org/memory_viz.
+"""`memory_snapshot`: records what holds a GPU's memory, as a file for https://pytorch.org/memory_viz.
 
-callbacks:
-  memory_snapshot: {interval: 100ba}   # `save_folder/memory/step-100-rank-0.pickle`; without an interval, only
-                                       # `out-of-memory-rank-R.pickle` when an allocation fails
+    callbacks:
+      memory_snapshot: {interval: 100ba}   # `save_folder/memory/step-100-rank-0.pickle`; without an interval, only
+                                           # `out-of-memory-rank-R.pickle` when an allocation fails
 
-On demand: `touch save_folder/memory/request` has every rank write one after its step.
+On demand: after `touch save_folder/memory/request`, every rank writes one at the end of its step.
 
-Composer's keys name other files: {folder: "{run_name}/torch_traces", filename: "rank{rank}.{batch}.memory_snapshot"}.
+Composer's keys set other file names: {folder: "{run_name}/torch_traces", filename:
+"rank{rank}.{batch}.memory_snapshot"}.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ REQUEST = "request"
 
 
 class MemorySnapshotConfig(CallbackConfig, names=("memory_snapshot", "oom_observer")):
-    """Records every allocation with its stack; a few percent slower. Does nothing on a CPU."""
+    """Records every allocation with its stack, which costs a few percent of speed. Does nothing on a CPU."""
 
-    interval: Interval | None = None  # None: only when memory runs out, or on demand
-    skip_batches: int = Field(0, ge=0)  # steps before the first file
+    interval: Interval | None = None  # interval between snapshots; None: only when memory runs out, or on demand
+    skip_batches: int = Field(0, ge=0)  # steps before the first snapshot
     folder: PathPattern | None = None  # None: save_folder/memory
-    filename: PathPattern | None = None  # {rank}, {batch} and others are filled in
-    remote_file_name: str | None = None  # not supported: files stay here
-    overwrite: bool = False  # not needed: each step has its own file
-    max_entries: int = Field(100_000, ge=1)  # allocations kept
+    filename: PathPattern | None = None  # may contain {rank}, {batch} and other placeholders
+    remote_file_name: str | None = None  # not supported: snapshots are not uploaded
+    overwrite: bool = False  # accepted, without effect: each step has its own file
+    max_entries: int = Field(100_000, ge=1)  # maximum number of recorded allocations
 
     @field_validator("remote_file_name")
     @classmethod
@@ -49,12 +50,12 @@ class MemorySnapshotConfig(CallbackConfig, names=("memory_snapshot", "oom_observ
 
 
 class MemorySnapshot(Callback):
-    """Writes to `save_folder/memory`, on every rank."""
+    """Writes snapshots to `save_folder/memory`, on every rank."""
 
     def __init__(self, config: MemorySnapshotConfig) -> None:
         self.config = config
         self._recording = False
-        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its last time, when that was read
+        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its mtime, the last check
 
     def fit_start(self, trainer: Run) -> None:
         if trainer.device.type != "cuda":
@@ -81,7 +82,7 @@ class MemorySnapshot(Callback):
             self._dump(self.path(trainer, f"step-{step}", self.config.filename))
 
     def _is_asked(self) -> bool:
-        """Whether the file of requests was touched; it is looked at once a second."""
+        """Return whether a snapshot was requested by a file; checked once a second."""
         if time.monotonic() - self._looked < 1.0:
             return False
         self._looked = time.monotonic()
@@ -100,7 +101,7 @@ class MemorySnapshot(Callback):
             self._recording = False
 
     def path(self, trainer: Run, name: str, pattern: str | None = None) -> Path:
-        """Where a file goes."""
+        """Return the path of a snapshot."""
         folder = self.config.folder or str(trainer.config.folder / "memory")
         return Path(trainer.filled(folder)) / trainer.filled(pattern or f"{name}-rank-{{rank}}.pickle")
 

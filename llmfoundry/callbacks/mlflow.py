@@ -1,4 +1,4 @@
-"""`mlflow`: metrics and settings to MLflow. The words are Composer's; needs the package mlflow or mlflow-skinny.
+"""`mlflow`: logs metrics and settings to MLflow. The keys are Composer's; needs the package mlflow or mlflow-skinny.
 
     loggers:
       mlflow: {experiment_name: moe, tracking_uri: "http://mlflow.example.org:5000", tags: {team: nlp}}
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_ID = "mlflow-run-id"  # a file in the save_folder
+RUN_ID = "mlflow-run-id"  # name of a file in the save_folder
 DEFAULT_EXPERIMENT = "my-mlflow-experiment"
-MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # of one request; of a setting
+MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # per request; per setting
 
 
 class MLflowConfig(LoggerConfig, names=("mlflow",)):
-    """Where it goes, and what is left out."""
+    """Where to log, and what to leave out."""
 
     experiment_name: str | None = None  # None: $MLFLOW_EXPERIMENT_NAME, or my-mlflow-experiment
-    run_name: str | None = None  # None: that of the run
+    run_name: str | None = None  # None: the run's name
     tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI, or MLflow's own default
-    tags: dict[str, str | int | float | bool] = {}  # of the MLflow run
-    run_group: str | None = None  # a tag
+    tags: dict[str, str | int | float | bool] = {}  # tags of the MLflow run
+    run_group: str | None = None  # added to the MLflow run as a tag
     flush_interval: float = Field(10.0, ge=0)  # seconds between requests
-    synchronous: bool = False  # true: training waits for the server
-    log_system_metrics: bool = True  # MLflow's own, from a thread (needs psutil)
-    rename_metrics: dict[str, str] = {}  # of metrics.jsonl, and their names in MLflow
-    ignore_metrics: list[str] = []  # patterns as of file names
-    ignore_hyperparameters: list[str] = []  # patterns of dotted keys of the settings
-    log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # a value that stays the same
-    resume: bool = True  # a resumed run continues its MLflow run, whatever this says
-    logging_buffer_seconds: float | None = None  # use flush_interval
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    synchronous: bool = False  # true: training waits for the server's responses
+    log_system_metrics: bool = True  # log MLflow's own system metrics, from a thread (needs psutil)
+    rename_metrics: dict[str, str] = {}  # names in metrics.jsonl, and their names in MLflow
+    ignore_metrics: list[str] = []  # glob patterns of metrics that are not sent
+    ignore_hyperparameters: list[str] = []  # glob patterns of dotted settings that are not sent
+    log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # steps between logs of a value that does not change
+    resume: bool = True  # accepted, without effect: a resumed run always continues its MLflow run
+    logging_buffer_seconds: float | None = None  # not supported; use flush_interval
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
     # Not supported: models are not registered
     model_registry_prefix: Literal[""] = ""
     model_registry_uri: None = None  # not supported: models are not registered
@@ -66,8 +66,8 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
         return MLflow(self)
 
     def client(self) -> MlflowClient:
-        """A connection to `tracking_uri`."""
-        import mlflow  # slow to import, and not everyone's
+        """Return a connection to `tracking_uri`."""
+        import mlflow  # slow to import, and optional
 
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
@@ -87,8 +87,10 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
 
 
 class MLflow(Callback):
-    """Collects the metrics of a few seconds and sends them together, from rank 0. An error of the server is a warning:
-    training goes on."""
+    """Collects metrics for a few seconds and sends them together, from rank 0.
+
+    If the server returns an error, a warning is logged and training continues.
+    """
 
     def __init__(self, config: MLflowConfig) -> None:
         self.config = config
@@ -96,7 +98,7 @@ class MLflow(Callback):
         self._run_id = ""
         self._waiting: list[Metric] = []
         self._sent = time.monotonic()
-        self._last: dict[str, tuple[float, int]] = {}  # of each metric, its value and the step that logged it
+        self._last: dict[str, tuple[float, int]] = {}  # value and step of each metric's last log
         self._system: object = None
         self._status = "FAILED"
 
@@ -193,7 +195,7 @@ class MLflow(Callback):
             self._try(partial(self._client.log_batch, self._run_id, part, synchronous=synchronous))
 
     def _try(self, send: Callable[[], object]) -> None:
-        """Send something; an error is told and does not end the run."""
+        """Send something; an error is logged and does not end the run."""
         import mlflow
 
         try:
@@ -203,7 +205,7 @@ class MLflow(Callback):
 
 
 def flattened(data: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Settings as dotted keys and values."""
+    """Yield settings as pairs of a dotted key and a value."""
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{above}{key}.")

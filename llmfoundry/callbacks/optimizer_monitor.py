@@ -1,8 +1,9 @@
 """`optimizer_monitor`: L2 norms of gradients, weights, moments and updates, under Composer's names.
 
-`l2_norm/grad/global`, and for each parameter `l2_norm/grad/NAME`, `l2_norm/param/NAME`, `l2_norm/moment/NAME` (of the
-optimizer's mean of gradients) and `l2_norm/update/NAME` (of what the step changed). Gradients are those that the
-optimizer saw: clipped. Norms are of whole tensors over all ranks. A logged step holds its weights twice.
+It logs `l2_norm/grad/global` and, for each parameter, `l2_norm/grad/NAME`, `l2_norm/param/NAME`, `l2_norm/moment/NAME`
+(the optimizer's mean of gradients) and `l2_norm/update/NAME` (the change of the weights in the step). Gradients are
+clipped, as the optimizer sees them. Norms are of whole tensors over all ranks. On a logged step, weights are held
+twice.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ from llmfoundry.train.adamw import moment
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
 
-MOMENTS = {"exp_avg", "momentum_buffer"}  # of AdamW and Lion, and of Muon
+MOMENTS = {"exp_avg", "momentum_buffer"}  # names in AdamW and Lion, and in Muon
 
 
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
     """What is logged, and how often."""
 
-    log_optimizer_metrics: bool = True  # weights, moments and updates too; false: gradients alone
-    batch_log_interval: int = Field(10, ge=1)  # steps
-    only_global: bool = False  # l2_norm/grad/global alone
+    log_optimizer_metrics: bool = True  # also log norms of weights, moments and updates; false: only gradients
+    batch_log_interval: int = Field(10, ge=1)  # steps between logs
+    only_global: bool = False  # log only l2_norm/grad/global
 
     def build(self) -> OptimizerMonitor:
         return OptimizerMonitor(self)
 
 
 class OptimizerMonitor(Callback):
-    """Looks just before and after the optimizer's step, for gradients are gone when the trainer's step ends."""
+    """Reads tensors just before and after the optimizer's step, because gradients are freed in the trainer's step."""
 
     def __init__(self, config: OptimizerMonitorConfig) -> None:
         self.config = config
         self._found: Metrics = {}
-        self._before: dict[str, Tensor] = {}  # weights
-        self._grads: Tensor | None = None  # (n,) norms of the gradients
+        self._before: dict[str, Tensor] = {}  # weights before the update
+        self._grads: Tensor | None = None  # (n,) gradient norms
 
     def fit_start(self, trainer: Run) -> None:
-        # The trainer counts a step when it is complete.
+        # The trainer only counts a step once it is complete.
         def is_due() -> bool:
             return (trainer.state.step + 1) % self.config.batch_log_interval == 0
 
         def before(optimizer: Optimizer, *_: object) -> None:
             if is_due():
                 parameters = _with_gradient(trainer)
-                # Now, for some optimizers scale the gradients in place and others do not.
+                # Measured before the step, because only some optimizers scale gradients in place.
                 divisor = getattr(optimizer, "grad_scale", torch.ones(())).cpu()
                 self._grads = l2_norms([_grad(each) for each in parameters.values()]) / divisor
                 if self.config.log_optimizer_metrics and not self.config.only_global:
@@ -91,5 +92,5 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _with_gradient(trainer: Run) -> dict[str, torch.nn.Parameter]:
-    """The parameters that this step changes, by name; the same on every rank."""
+    """Return the parameters that this step changes, by name; the same on every rank."""
     return {name: each for name, each in trainer.model.named_parameters() if each.grad is not None}

@@ -1,8 +1,8 @@
-"""Which part of a step each operator and kernel of a profile belongs to, and the time of each part.
+"""Attribute each operator and kernel of a profile to a part of the step, and sum the time of each part.
 
-Three things decide, in this order: names that only one part has (our kernels, collectives); the module that ran, or for
-a backward the module whose forward made the node; names that hint at a part, its own or of what called it. Modules
-inside compiled blocks are not seen: products there are `dense products`, whichever module they are of.
+Three rules decide, in this order: names that only one part uses (our kernels, collectives); the module that ran, or for
+a backward the module whose forward created the node; and names that hint at a part, either its own or its callers'.
+Modules inside compiled blocks are not visible: their products are `dense products`, whichever module they belong to.
 `parallel.compile: false` shows them.
 """
 
@@ -22,10 +22,10 @@ from torch.profiler import record_function
 from llmfoundry.moe.layer import MoE
 from llmfoundry.train.run import STEP
 
-SCOPE = "part: "  # before the name of a part, in the trace
+SCOPE = "part: "  # prefix of part names in the trace
 BACKWARD = "autograd::engine::evaluate_function"
 OTHER, IDLE, COMMUNICATION, DENSE = "other", "idle", "communication", "dense feed-forward"
-# By the name of a module in its parent.
+# Parts by a module's name in its parent.
 MODULES = {
     "attn": "attention",
     "self_attn": "attention",
@@ -70,11 +70,11 @@ class Line(NamedTuple):
 
     part: str
     milliseconds: float  # per step
-    share: float  # of the step
+    share: float  # fraction of the step
 
 
 class Span(NamedTuple):
-    """A part at work."""
+    """A part at work: an interval of time."""
 
     start: float  # microseconds
     end: float
@@ -83,7 +83,7 @@ class Span(NamedTuple):
 
 @contextmanager
 def scopes(model: nn.Module) -> Iterator[None]:
-    """Name the part of each module while it runs, in a profile; modules of compiled blocks are left alone."""
+    """Mark the part of each module while it runs, in a profile; modules of compiled blocks are left unmarked."""
     handles = []
     compiled = any("forward" in vars(block) for block in model.get_submodule("blocks").children())
     for prefix, module in model.named_modules():
@@ -117,11 +117,11 @@ def _scoped(module: nn.Module, part: str) -> list[_Removable]:
 
 
 def part_of(names: Sequence[str], backward_of: str | None = None) -> str:
-    """The part that an operator or kernel belongs to.
+    """Return the part to which an operator or kernel belongs.
 
     Args:
-        names: its own, and those of what it was called by, outward.
-        backward_of: the part whose forward made the node that it is the backward of.
+        names: its own name, and those of its callers, innermost first.
+        backward_of: for a backward, the part whose forward created the node.
     """
     scope = next((name.removeprefix(SCOPE) for name in names if name.startswith(SCOPE)), backward_of)
     return _first(SURE, names) or scope or _first(HINTS, names) or _first(GENERIC, names) or OTHER
@@ -132,10 +132,10 @@ def _first(patterns: tuple[tuple[str, re.Pattern[str]], ...], names: Sequence[st
 
 
 def lines_of(events: Sequence[FunctionEvent]) -> list[Line]:
-    """The table of a profile, the largest part first; its lines add up to the mean step.
+    """Return the table of a profile, largest part first; its lines add up to the mean step.
 
     Args:
-        events: of `torch.profiler.profile`, with one called STEP for each step.
+        events: events of `torch.profiler.profile`, with one called STEP for each step.
     """
     cpu = [event for event in events if event.device_type == DeviceType.CPU]
     steps = [event for event in cpu if event.name == STEP]
@@ -153,10 +153,10 @@ def lines_of(events: Sequence[FunctionEvent]) -> list[Line]:
 
 
 class Chains:
-    """What called what, and which forward a backward belongs to."""
+    """Looks up the callers of an event, and the forward that a backward belongs to."""
 
     def __init__(self, cpu: Sequence[FunctionEvent]) -> None:
-        self._forward: dict[int, str] = {}  # the last event with a number makes the node that has it
+        self._forward: dict[int, str] = {}  # the last forward event with a sequence number creates its autograd node
         for event in sorted(cpu, key=lambda event: event.time_range.start):
             names = names_of(event)
             scope = next((name for name in names if name.startswith(SCOPE)), None)
@@ -176,7 +176,7 @@ class Chains:
 
 
 def names_of(event: FunctionEvent | None) -> list[str]:
-    """Its name, and those of what it was called by, outward."""
+    """Return the event's name, and those of its callers, innermost first."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -185,7 +185,7 @@ def names_of(event: FunctionEvent | None) -> list[str]:
 
 
 def _self_times(cpu: Sequence[FunctionEvent], steps: Sequence[FunctionEvent], chains: Chains) -> Counter[str]:
-    """Microseconds by part of what ran inside the steps, on their thread."""
+    """Microseconds by part, of operators inside the steps, on the steps' thread."""
     sums: Counter[str] = Counter()
     for event in cpu:
         names = names_of(event)
@@ -196,9 +196,9 @@ def _self_times(cpu: Sequence[FunctionEvent], steps: Sequence[FunctionEvent], ch
 
 
 def sweep(spans: Iterable[Span], windows: Iterable[tuple[float, float]]) -> Counter[str]:
-    """Microseconds of the windows by part: each moment counts once, for a part that computes before communication.
+    """Microseconds of the windows by part. Each moment counts once; computation takes precedence over communication.
 
-    Moments without a span are IDLE. So all parts together are as long as the windows.
+    Moments without a span are IDLE, so all parts together are as long as the windows.
     """
     changes: dict[float, list[tuple[str, int]]] = defaultdict(list)
     for span in spans:
@@ -222,7 +222,7 @@ def sweep(spans: Iterable[Span], windows: Iterable[tuple[float, float]]) -> Coun
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The table in Markdown, with the whole step below."""
+    """Return the table in Markdown, with the whole step in its last line."""
     whole = Line("step", sum(line.milliseconds for line in lines), sum(line.share for line in lines))
     rows = [f"| {line.part:<20} | {line.milliseconds:>9.2f} | {line.share:>6.1%} |" for line in [*lines, whole]]
     return (

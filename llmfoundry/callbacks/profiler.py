@@ -1,14 +1,14 @@
-"""`profiler`: where the time of a step goes, as a table by part and as a trace for chrome://tracing or Perfetto.
+"""`profiler`: where a step's time goes, as a table by part and as a trace for chrome://tracing or Perfetto.
 
     callbacks:
       profiler: {start: 10, steps: 3}    # `save_folder/profile.md` and `profile.json`, and the trace
                                          # `save_folder/profile/steps-10-12-rank-0.json.gz`
 
-The parts of the table add up to the step. On a GPU they are the time of kernels, where kernels of two streams run at
-once that of the one which computes (so `communication` is what nothing hides), and `idle` is when no kernel runs. On a
-CPU they are the time of operators without what they call, and `idle` is the time between them, in Python.
+The parts of the table add up to the step. On a GPU they are the time of kernels. If kernels of two streams overlap, the
+time counts for the one that computes, so `communication` is what is exposed, and `idle` is the time without a kernel.
+On a CPU they are the self time of operators, and `idle` is the time between them, in Python.
 
-callbacks/profile_parts.py says which part an operator or kernel belongs to.
+callbacks/profile_parts.py attributes operators and kernels to parts.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 class ProfilerConfig(CallbackConfig, names=("profiler",)):
     """Profiles `steps` steps from step `start` on."""
 
-    start: int = Field(10, ge=2)  # the first step profiled; those before compile and tune
-    steps: int = Field(3, ge=1)  # how many steps are recorded
-    all_ranks: bool = False  # else rank 0 alone
-    shapes: bool = False  # of the operators' inputs, in the trace
-    memory: bool = False  # allocations, in the trace
+    start: int = Field(10, ge=2)  # first profiled step; earlier steps compile and tune
+    steps: int = Field(3, ge=1)  # number of profiled steps
+    all_ranks: bool = False  # profile all ranks; false: only rank 0
+    shapes: bool = False  # record the shapes of operators' inputs in the trace
+    memory: bool = False  # record allocations in the trace
 
     def build(self) -> Profiler:
         return Profiler(self)
 
 
 class Profiler(Callback):
-    """Writes when the last profiled step is done."""
+    """Writes its files after the last profiled step."""
 
     def __init__(self, config: ProfilerConfig) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Whether a logger's server answers, asked before a run begins."""
+"""Check that a logger's server responds, before a run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SECONDS_TO_REACH = 10.0
 
 
 def why_unreachable(server: str) -> str:
-    """Why a server does not answer; empty if it does, whatever it says."""
+    """Return why a server does not respond; empty if it responds with anything."""
     try:
         urllib.request.urlopen(server, timeout=SECONDS_TO_REACH).close()
     except urllib.error.HTTPError:

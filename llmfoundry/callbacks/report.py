@@ -1,8 +1,8 @@
-"""`report`: keeps `save_folder/report.html`, a page of the run's curves and of what its experts do.
+"""`report`: keeps `save_folder/report.html`, a page with the run's curves and statistics of its experts.
 
-Every run has it. Every `interval` the loads of all experts go to experts.jsonl, and figures of each layer to the
-loggers. At each evaluation a fixed sample of text is routed (experts.json, confidence, churn), and the page is written
-anew; in a run that evaluates nothing, 20 times and after the last step.
+Every run has it. Every `interval` the loads of all experts are written to experts.jsonl, and statistics of each layer
+are logged. At each evaluation a fixed sample of text is routed (experts.json, confidence, churn), and the page is
+written again; in a run without evaluation, this happens 20 times and after the last step.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
 
 log = logging.getLogger(__name__)
-SAMPLES = 400  # of the loads in a whole run, if no interval is given
-PROBES, PROBE_STEPS = 20, 50  # in a whole run that evaluates nothing, and at least this many steps apart
-SEARCHED = 4096  # first rows of a mixture, among which the probe looks for rows of each source
+SAMPLES = 400  # of the loads per run, if no interval is given
+PROBES, PROBE_STEPS = 20, 50  # probes per run without evaluations, and the minimum steps between them
+SEARCHED = 4096  # the first rows of a mixture, searched for rows of each source
 
 
 class ReportConfig(CallbackConfig, names=("report",)):
-    """`callbacks: {report: {enabled: false}}` writes no page."""
+    """`callbacks: {report: {enabled: false}}` turns the page off."""
 
     name: str = "report"
-    enabled: bool = True  # false: no page is written, and loggers get no figures by layer
-    interval: Duration | None = None  # between samples of the loads; None: a 400th of the run
-    probe_tokens: int = Field(4096, ge=1)  # of the text that is routed at each evaluation, rounded up to whole rows
+    enabled: bool = True  # false: write no page, and log no statistics by layer
+    interval: Duration | None = None  # interval between samples of the loads; None: 1/400 of the run
+    probe_tokens: int = Field(4096, ge=1)  # tokens routed at each evaluation, rounded up to whole rows
 
     def build(self) -> Report:
         return Report(self)
@@ -62,8 +62,8 @@ class Report(Callback):
 
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
-        self._text: Batch | None = None  # of the probe; of a mixture of experts alone
-        self._before: Tensor | None = None  # (L, T) fingerprints of what the last probe found
+        self._text: Batch | None = None  # the text to probe; None for a dense model
+        self._before: Tensor | None = None  # (L, T) fingerprints of the previous probe's routing
         self._failed = False
 
     def fit_start(self, trainer: Run) -> None:
@@ -74,7 +74,7 @@ class Report(Callback):
             return
         try:
             kept = b"".join(line for line in read_lines(file) if _step_of(line) <= trainer.state.step)
-            if len(kept) < file.stat().st_size:  # a killed run wrote beyond its checkpoint
+            if len(kept) < file.stat().st_size:  # a killed run wrote lines past its checkpoint
                 file.write_bytes(kept)
         except (OSError, ValueError) as error:
             self._say(file, error)
@@ -82,7 +82,7 @@ class Report(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
             return
-        if trainer.device.type == "cuda":  # known to the host; on a CPU it would differ between equal runs
+        if trainer.device.type == "cuda":  # known on the host; on a CPU it would differ between equal runs
             metrics.setdefault("memory/peak_allocated_mem", runtime.peak_memory_bytes(trainer.device) / 1e9)
         probed = is_evaluated(metrics) or self._due_unevaluated(trainer)
         if trainer.router is not None and (probed or self._due(trainer)):
@@ -122,7 +122,7 @@ class Report(Callback):
         return not evaluates and (is_last or step % max(PROBE_STEPS, total // PROBES) == 0)
 
     def _sample(self, trainer: Run) -> dict[str, object]:
-        """Loads, entropy and biases of the last step, by layer; read from the device all at once."""
+        """Loads, entropy and biases of the last step, by layer, read from the device in one transfer."""
         assert trainer.router is not None
         load = trainer.router.load / trainer.router.load.sum(1, keepdim=True)  # (L, E)
         tokens = trainer.config.global_train_batch_size * trainer.loader.max_seq_len
@@ -142,7 +142,7 @@ class Report(Callback):
         return sample
 
     def _probe(self, trainer: Run) -> dict[str, object]:
-        """Route the sample of text; the details replace experts.json."""
+        """Route the sample of text and replace experts.json."""
         batch = self._text
         assert batch is not None
         on_device = batch.to(trainer.device)
@@ -150,7 +150,7 @@ class Report(Callback):
         found: dict[str, object] = {"confidence": [round(value, 5) for value in routing.confidence.tolist()]}
         assert trainer.router is not None
         before, self._before = self._before, fingerprints(routing.experts, trainer.router.load.shape[1])
-        if before is not None and before.shape == self._before.shape:  # else a resumed run probes another text
+        if before is not None and before.shape == self._before.shape:  # otherwise a resumed run probes another text
             found["churn"] = [round(value, 5) for value in churn(before, self._before)]
         if runtime.is_rank0():
             self._write_probe(trainer, routing.experts, batch)
@@ -193,7 +193,7 @@ class Report(Callback):
             self._say(path, error)
 
     def _say(self, path: Path, error: Exception) -> None:
-        """A report that cannot be written must not end a run."""
+        """Log a warning: a report that cannot be written must not end a run."""
         if not self._failed:
             why = error.strerror if isinstance(error, OSError) else error
             log.warning("%s cannot be written: %s; the run goes on", path, why)
@@ -201,7 +201,7 @@ class Report(Callback):
 
 
 def probe_batch(trainer: Run, tokens: int) -> Batch:
-    """The fixed sample of text: of validation text, or of a mixture equally many rows of each source."""
+    """Return the fixed sample of text: validation text, or equally many rows of each source of a mixture."""
     loader = trainer.loader
     if isinstance(loader.order, Mixture):
         numbers = np.arange(min(SEARCHED, loader.rows_per_epoch))
@@ -214,7 +214,7 @@ def probe_batch(trainer: Run, tokens: int) -> Batch:
 
 
 def by_layer(sample: dict[str, object]) -> Metrics:
-    """A sample as metrics: `moe/layerN/max_load` and others, N being the layer's number in the model."""
+    """Return a sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
     metrics: Metrics = {}
     loads, layers = sample["load"], sample["layers"]
     assert isinstance(loads, list) and isinstance(layers, list)
@@ -235,7 +235,7 @@ def by_layer(sample: dict[str, object]) -> Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; one that cannot be read is left out as if it came after the run."""
+    """Return the step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
     try:
         said = parse_json(line)
         return whole_number(said["step"] if isinstance(said, dict) else None)

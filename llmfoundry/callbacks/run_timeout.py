@@ -1,11 +1,11 @@
-"""`run_timeout`: two limits in seconds: of a process that hangs after its run has ended, and of the run itself.
+"""`run_timeout`: two limits in seconds, for a process that hangs after its run has ended and for the run itself.
 
     callbacks:
       run_timeout: {timeout: 1800, max_seconds: 85000}
 
-`timeout` is LLM Foundry's: once everything is saved, what still has to end (other callbacks, the last upload of a
-logger) may take so long; then the process leaves with exit code 0. `max_seconds` is ours: the run then finishes its
-step, saves, and stops with exit code 0; the same command continues it.
+`timeout` is LLM Foundry's: after everything is saved, other callbacks and loggers' last uploads may take this long;
+then the process exits with code 0. `max_seconds` is an addition: when it is reached, the run finishes its step, saves,
+and stops with exit code 0; the same command continues it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 class RunTimeoutConfig(CallbackConfig, names=("run_timeout",)):
     """Seconds."""
 
-    timeout: float = Field(1800.0, gt=0)  # from the end of the run until all loggers are closed
-    max_seconds: float | None = Field(None, gt=0)  # of this process, from its first step on
+    timeout: float = Field(1800.0, gt=0)  # seconds from the end of the run until all loggers must be closed
+    max_seconds: float | None = Field(None, gt=0)  # maximum seconds of this process, from its first step
 
     def build(self) -> RunTimeout:
         return RunTimeout(self)
 
 
 class RunTimeout(Callback):
-    """Every rank watches its own clock; the first one stops all."""
+    """Every rank watches its own clock; the first one to reach the limit stops all."""
 
     def __init__(self, config: RunTimeoutConfig) -> None:
         self.config = config
@@ -55,11 +55,11 @@ class RunTimeout(Callback):
         self._timer.start()
 
     def close(self) -> None:
-        if self._timer is not None:  # loggers are closed before callbacks
+        if self._timer is not None:  # loggers close before callbacks do
             self._timer.cancel()
 
     def _leave(self) -> None:
-        """End a process that ought to have ended; nothing of the run is lost."""
+        """End a process that should have ended; nothing of the run is lost."""
         log.error("run_timeout: the run ended %g seconds ago, and its process did not; leaving", self.config.timeout)
         sys.stdout.flush()
         sys.stderr.flush()

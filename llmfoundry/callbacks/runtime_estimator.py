@@ -1,4 +1,4 @@
-"""`runtime_estimator`: the time that is left, as the metric `time/remaining_estimate`. The words are Composer's."""
+"""`runtime_estimator`: logs the remaining time as `time/remaining_estimate`. The keys are Composer's."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
 class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
-    """The console shows the same in any case."""
+    """The console shows the same estimate in any case."""
 
-    skip_batches: int = Field(1, ge=0)  # steps before the clock starts: the first ones compile
-    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of the metric
+    skip_batches: int = Field(1, ge=0)  # steps before timing starts, because the first steps compile
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # unit of the metric
 
     def build(self) -> RuntimeEstimator:
         return RuntimeEstimator(self)
 
 
 class RuntimeEstimator(Callback):
-    """The mean time of a step so far, evaluations and checkpoints included, times the steps that are left."""
+    """The mean time of a step so far, including evaluations and checkpoints, times the steps that remain."""
 
     def __init__(self, config: RuntimeEstimatorConfig) -> None:
         self.config = config
         self._skip = config.skip_batches
-        self._begun: tuple[float, int] | None = None  # when the clock started, and after which step
+        self._begun: tuple[float, int] | None = None  # when timing started, and after which step
 
     def fit_start(self, trainer: Run) -> None:
         if self._skip == 0:

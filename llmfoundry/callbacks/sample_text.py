@@ -1,4 +1,4 @@
-"""`sample_text`: at the end, show what the model writes and how its bits per byte compare with gzip and xz."""
+"""`sample_text`: at the end, prints a text by the model, and its bits per byte beside those of gzip and xz."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.eval.generate import encoded, generate
 from llmfoundry.train.callback import Callback, CallbackConfig, Run
 
-COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for them
+COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for this much
 
 
 class SampleTextConfig(CallbackConfig, names=("sample_text",)):
-    """What is written; the seed is the run's."""
+    """What to write; sampling uses the run's seed."""
 
     prompt: str = "def "  # the text to continue
-    max_new_tokens: int = Field(120, ge=1)  # of one sample, at most
-    temperature: float = Field(0.8, ge=0)  # 0: the likeliest token each time
+    max_new_tokens: int = Field(120, ge=1)  # maximum tokens of the sample
+    temperature: float = Field(0.8, ge=0)  # sampling temperature; 0: greedy decoding
     top_p: float = Field(0.95, gt=0, le=1)  # sample from the most likely tokens that together have this probability
-    compressors: bool = True  # compress the validation text too, or the first 64 MiB of it
+    compressors: bool = True  # also compress the validation text, at most its first 64 MiB, for comparison
 
     def build(self) -> SampleText:
         return SampleText(self)
 
 
 class SampleText(Callback):
-    """Prints to the console. Every rank generates, for the forward of a sharded model is collective."""
+    """Prints to the console. Every rank generates, because the forward of a sharded model is collective."""
 
     def __init__(self, config: SampleTextConfig) -> None:
         self.config = config
@@ -45,7 +45,7 @@ class SampleText(Callback):
         if bits is not None and self.config.compressors and trainer.config.eval_loader is not None:
             try:
                 print(_compressed(trainer.config.eval_loader.dataset))
-            except (ConfigError, OSError) as error:  # the run is done: files that went away must not fail it
+            except (ConfigError, OSError) as error:  # the run is done; files that have disappeared must not fail it
                 print(f"no comparison with gzip and xz: {error}")
             print(f"{'this model':>10}: {bits:.4f}")
 
@@ -63,16 +63,16 @@ class SampleText(Callback):
 
 
 class Written(NamedTuple):
-    """A text of the model's."""
+    """A text that the model wrote."""
 
-    prompt: str  # as its tokens read
+    prompt: str  # decoded from its tokens
     continuation: str
 
 
 def written(
     trainer: Run, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, top_k: int = 0
 ) -> Written:
-    """What the model writes after a prompt, up to max_seq_len. All ranks call this; the seed is the run's."""
+    """Continue a prompt up to max_seq_len, with the run's seed. All ranks call this."""
     n_prompt = len(encoded(trainer.tokenizer, prompt, trainer.special))
     room = trainer.config.max_seq_len - n_prompt
     if room < 1:
@@ -95,7 +95,7 @@ def written(
 
 
 def _compressed(dataset: DatasetConfig) -> str:
-    """What two compressors need for the validation text, a line each."""
+    """Return the bits per byte to which two compressors reduce the validation text, one line each."""
     data = dataset.build().text_bytes(limit=COMPRESS_BYTES + 1)
     part = "the validation text"
     if len(data) > COMPRESS_BYTES:

@@ -3,9 +3,9 @@
     callbacks:
       slow_ranks: {interval: 100ba}
 
-Ranks take their steps together, so every rank's step takes as long as the slowest one's. Two things tell them apart,
-and both are measured on each rank by itself: the time from the end of a step until the rows of the next are on the
-device (data, callbacks, saves), and the time that the device takes for a small product of matrices.
+Ranks step together, so every rank's step takes as long as the slowest one's. Two times are measured on each rank
+separately: from the end of a step until the next step's rows are on the device (data, callbacks, saves), and the time
+that the device takes for a small matrix product.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from llmfoundry.train.duration import Duration, Interval
 log = logging.getLogger(__name__)
 
 SIZE, PRODUCTS = {"cuda": 4096, "cpu": 256}, 10  # rows of the square matrices; about 5 ms
-NOTABLE = 0.05  # of a step: a later start than the others' is worth a word
+NOTABLE = 0.05  # of a step; report ranks that start later than the others by more than this
 
 
 class SlowRanksConfig(CallbackConfig, names=("slow_ranks",)):
-    """One reduction at each interval."""
+    """Costs one reduction per interval."""
 
-    interval: Interval = Duration.parse("100ba")  # between two looks
-    slower: float = Field(1.2, gt=1)  # a device that takes this many times the median is named in a warning
+    interval: Interval = Duration.parse("100ba")  # interval between measurements
+    slower: float = Field(1.2, gt=1)  # warn of a device that takes this many times the median time
 
     def build(self) -> SlowRanks:
         return SlowRanks(self)
@@ -41,7 +41,7 @@ class SlowRanks(Callback):
 
     def __init__(self, config: SlowRanksConfig) -> None:
         self.config = config
-        self._begins: list[float] = []  # of this rank, since the last look
+        self._begins: list[float] = []  # of this rank, since the last measurement
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not metrics["step"]:
@@ -75,11 +75,11 @@ class SlowRanks(Callback):
 
 
 def _probe(device: torch.device) -> float:
-    """Seconds that a device takes for the same work everywhere."""
+    """Seconds that this device takes for a fixed amount of work."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.full((SIZE[device.type], SIZE[device.type]), 1e-3, dtype=dtype, device=device)
     seconds = []
-    for _ in range(2):  # the first one chooses a kernel
+    for _ in range(2):  # the first one selects a kernel
         _wait(device)
         begun = time.perf_counter()
         product = matrix

@@ -1,4 +1,4 @@
-"""`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU).
+"""`speed_monitor`: throughput over a window of steps, and the model FLOPs utilization (MFU).
 
 Every run of the command line has one; the YAML sets its window.
 """
@@ -16,11 +16,11 @@ from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
 class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
-    """Averages over the last `window_size` steps; evaluation and checkpoints are not counted."""
+    """Averages over the last `window_size` steps, without evaluation and checkpoints."""
 
-    window_size: int = Field(10, ge=1)  # steps that an average covers
-    gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table
-    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of time/train
+    window_size: int = Field(10, ge=1)  # number of steps to average over
+    gpu_flops_available: float | None = Field(None, gt=0)  # peak FLOP/s of one device; None: from the built-in table
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # unit of time/train
 
     def build(self) -> SpeedMonitor:
         return SpeedMonitor(self)
@@ -35,7 +35,7 @@ class SpeedMonitor(Callback):
         self.flops_per_token = 0.0
 
     def fit_start(self, trainer: Run) -> None:
-        # Once: with adapters, counting builds the model on the meta device (0.1 s for Qwen3-30B).
+        # Only once: with adapters, counting builds the model on the meta device (0.1 s for Qwen3-30B).
         self.flops_per_token = trainer.config.model.flops_per_token(trainer.loader.max_seq_len)
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

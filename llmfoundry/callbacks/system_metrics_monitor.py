@@ -1,9 +1,9 @@
-"""`system_metrics_monitor`: load of GPUs, CPU, memory, disk and network, under Composer's names.
+"""`system_metrics_monitor`: utilization of GPUs, CPU, memory, disk and network, under Composer's names.
 
-Of every GPU: `gpu_percentage` (time in which a kernel ran), `memory_percentage` (time in which its memory was read or
-written), `gpu_temperature_C`, `gpu_power_usage_W`; shown as the least and the most over the ranks, with their ranks, or
-with `log_all_data` of every rank. They need the package nvidia-ml-py. Of the node of rank 0: `cpu_percentage`,
-`cpu_memory_...`, `disk_memory_...` and `network_...`, in bytes.
+For every GPU: `gpu_percentage` (share of time in which a kernel ran), `memory_percentage` (share of time in which its
+memory was read or written), `gpu_temperature_C`, `gpu_power_usage_W`. The lowest and highest values over the ranks are
+logged with their ranks or, with `log_all_data`, the values of every rank. They need the package nvidia-ml-py. For the
+node of rank 0: `cpu_percentage`, `cpu_memory_...`, `disk_memory_...` and `network_...`, in bytes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OF_GPU = ("gpu_percentage", "memory_percentage", "gpu_temperature_C", "gpu_power
 
 
 class SystemMetricsMonitorConfig(CallbackConfig, names=("system_metrics_monitor",)):
-    """What is shown of the GPUs, and how often."""
+    """What is logged of the GPUs, and how often."""
 
-    log_all_data: bool = False  # of every rank, not only the least and the most
-    interval: int = Field(1, ge=1)  # steps
+    log_all_data: bool = False  # log every rank; false: only the lowest and the highest value
+    interval: int = Field(1, ge=1)  # steps between logs
 
     def build(self) -> SystemMetricsMonitor:
         if importlib.util.find_spec("psutil") is None:
@@ -37,7 +37,7 @@ class SystemMetricsMonitorConfig(CallbackConfig, names=("system_metrics_monitor"
 
 
 class SystemMetricsMonitor(Callback):
-    """Gathers four numbers of each rank if there are GPUs; without them, nothing is sent."""
+    """Gathers four numbers of each rank if there are GPUs; without GPUs, nothing is sent."""
 
     def __init__(self, config: SystemMetricsMonitorConfig) -> None:
         self.config = config
@@ -45,7 +45,7 @@ class SystemMetricsMonitor(Callback):
 
     def fit_start(self, trainer: Run) -> None:
         has_reader = importlib.util.find_spec("pynvml") is not None
-        # The same on every rank, because they meet in a collective.
+        # The same on every rank, because the ranks take part in a collective.
         self._reads_gpu = trainer.device.type == "cuda" and not runtime.any_rank(not has_reader)
         if trainer.device.type == "cuda" and not self._reads_gpu:
             log.warning("system_metrics_monitor: nothing is read of GPUs (pip install nvidia-ml-py)")
@@ -59,8 +59,8 @@ class SystemMetricsMonitor(Callback):
 
 
 def of_system() -> dict[str, float]:
-    """CPU, memory, disk and network of this node."""
-    import psutil  # optional
+    """Metrics of CPU, memory, disk and network of this node."""
+    import psutil  # optional dependency
 
     found: dict[str, float] = {"cpu_percentage": psutil.cpu_percent()}
     network = psutil.net_io_counters()  # None on a node without a network
@@ -72,7 +72,7 @@ def of_system() -> dict[str, float]:
 
 
 def of_gpu(device: torch.device) -> list[float]:
-    """The numbers of `OF_GPU`."""
+    """Return the metrics `OF_GPU` of this GPU."""
     return [
         torch.cuda.utilization(device),
         torch.cuda.memory_usage(device),
@@ -82,7 +82,7 @@ def of_gpu(device: torch.device) -> list[float]:
 
 
 def of_ranks(rows: list[list[float]], every: bool) -> dict[str, float]:
-    """The numbers of `OF_GPU` of all ranks under Composer's names: of every rank, or the least and the most."""
+    """Return the metrics `OF_GPU` under Composer's names: of every rank, or the lowest and the highest."""
     found: dict[str, float] = {}
     for name, values in zip(OF_GPU, zip(*rows, strict=True), strict=True):
         if every:

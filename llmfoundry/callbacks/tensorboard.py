@@ -1,4 +1,4 @@
-"""`tensorboard`: metrics as event files, in `log_dir` or `save_folder/tensorboard`."""
+"""`tensorboard`: writes metrics as event files, in `log_dir` or `save_folder/tensorboard`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from llmfoundry.train.config import RankZeroOnly
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     """Where the event files go."""
 
-    log_dir: LocalPath | None = None  # None: tensorboard in the save_folder
-    flush_interval: int = Field(100, ge=1)  # steps; what is not on disk yet is not shown
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    log_dir: LocalPath | None = None  # None: the folder tensorboard in save_folder
+    flush_interval: int = Field(100, ge=1)  # steps between writes to disk
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
 
     def build(self) -> Tensorboard:
         runtime.on_rank0(self._make_folder)
         return Tensorboard(self)
 
     def _make_folder(self) -> None:
-        """One outside of the save folder is made at once, to see that it can be."""
+        """Make a folder outside of the save folder at the start, to find out whether that is possible."""
         try:
             if self.log_dir is not None:
                 Path(self.log_dir).mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
 
 
 class Tensorboard(Callback):
-    """Writes every number of a step on rank 0; lists (loads of experts) are left to metrics.jsonl."""
+    """Writes every number of a step on rank 0; lists (loads of experts) are only in metrics.jsonl."""
 
     def __init__(self, config: TensorboardConfig) -> None:
         self.config = config
@@ -43,7 +43,7 @@ class Tensorboard(Callback):
     def fit_start(self, trainer: Run) -> None:
         if runtime.is_rank0():
             folder = self.config.log_dir or str(trainer.config.folder / "tensorboard")
-            # Steps beyond the checkpoint that a killed run had written are hidden from view.
+            # Hides steps past the checkpoint that a killed run had written.
             self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

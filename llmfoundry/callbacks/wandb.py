@@ -1,4 +1,4 @@
-"""`wandb`: metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
+"""`wandb`: logs metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     import wandb
 
 OFFLINE = "or log without an account: WANDB_MODE=offline before the command"
-RUN_ID = "wandb-run-id"  # a file in the save_folder
+RUN_ID = "wandb-run-id"  # name of a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
-    """The words of Composer's WandBLogger."""
+    """The keys of Composer's WandBLogger."""
 
     project: str | None = None  # None: W&B's own default
     entity: str | None = None  # user or team; None: W&B's own default
-    run_name: str | None = None  # in W&B (LLM Foundry's `name`); None: that of the run
-    group: str | None = None  # runs of one group stand together
-    tags: list[str] = []  # of the W&B run
+    run_name: str | None = None  # name in W&B (LLM Foundry's `name`); None: the run's name
+    group: str | None = None  # W&B group of the run
+    tags: list[str] = []  # tags of the W&B run
     init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
     log_artifacts: bool = False  # not supported: checkpoints are not uploaded
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
-    mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
+    mode: Literal["online", "offline", "disabled"] | None = None  # None: from $WANDB_MODE
 
     @field_validator("log_artifacts")
     @classmethod
@@ -46,16 +46,16 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return Wandb(self)
 
     def is_online(self) -> bool:
-        """Whether an account is needed."""
-        import wandb  # slow to import, and not everyone's
+        """Return whether an account is needed."""
+        import wandb  # slow to import, and optional
 
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
     def _log_in(self) -> None:
-        """Find a login, or ask for one on a terminal, and reach the server; on rank 0.
+        """Find a login, or ask for one on a terminal, and check that the server responds; on rank 0.
 
         Raises:
-            ConfigError: there is no login, or the server cannot be reached.
+            ConfigError: if there is no login, or the server cannot be reached.
         """
         import wandb
 
@@ -106,7 +106,7 @@ class Wandb(Callback):
         if self.run is not None:
             import wandb
 
-            # Before the metrics of the same step, which complete it.
+            # Before the metrics of the same step, whose logging completes it.
             self.run.log(
                 {table.name: wandb.Table(columns=list(table.columns), data=table.rows)},
                 step=trainer.state.step,
@@ -123,7 +123,7 @@ class Wandb(Callback):
 
 
 def _run_id(file: Path) -> str:
-    """The id that the run was given at its first start; a new one is random, so that no two runs share it."""
+    """Return the id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:16])
     return file.read_text().strip()

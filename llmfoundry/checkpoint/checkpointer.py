@@ -1,22 +1,22 @@
-"""Checkpoints: written whole or not at all, and brought back into a model and its optimizer.
+"""Saving of checkpoints, atomically, and loading into a model and its optimizer.
 
     checkpoints/
-      latest -> step-1200        for people and scripts; scanning the folder is the truth
+      latest -> step-1200        for people and scripts; never trusted, the folder is scanned instead
       step-1200/
         MANIFEST.json            size and SHA-256 of every other file; written last
-        tensors.json             where each tensor lies (storage.py)
-        model-00000.safetensors  one file per rank; optimizer-, rng- likewise
-        trainer.json             the step, what the trainer put in, who wrote it
+        tensors.json             where each tensor is stored (storage.py)
+        model-00000.safetensors  one file per rank; likewise optimizer-, rng-
+        trainer.json             the step, the trainer's own state, who wrote it
         config.yaml, tokenizer/, generation_config.json  all that generation needs
       step-1300.tmp-5e1f.../     being written, or left by a killed run: ignored, and removed by the next run or save
 
-Of a run that saves to a store, the folder is a station on the way there (store.py).
+If a run saves to a store, this folder is only an intermediate location (store.py).
 
-A save writes under a temporary name, syncs every file and folder, and renames: whatever kills it, earlier checkpoints
-stay intact. A folder that exists is never written to; a second checkpoint of one step is `step-1200-r1`. Everything but
-tensors is JSON or YAML, and nothing is unpickled. What else happens to the folder is in folder.py.
+A save writes under a temporary name, syncs every file and folder, and renames: whatever interrupts it, earlier
+checkpoints stay intact. An existing folder is never written to; a second checkpoint of the same step is `step-1200-r1`.
+Everything but tensors is JSON or YAML, and nothing is unpickled. Other changes to the folder are in folder.py.
 
-Every function here that takes or loads a checkpoint is for all ranks to call together.
+All ranks must call the functions here that save or load a checkpoint.
 """
 
 from __future__ import annotations
@@ -90,30 +90,30 @@ from llmfoundry.strict_json import Json
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
-WRITER = "checkpoint"  # the name of the thread that writes
+WRITER = "checkpoint"  # name of the writer thread
 
 
 class Tokenizer(Protocol):
-    """What a checkpoint asks of a tokenizer; those of `transformers` have it."""
+    """What a checkpoint needs from a tokenizer; those of `transformers` provide it."""
 
     def save_pretrained(self, save_directory: str | Path) -> object:
-        """Write what `from_pretrained` needs into a new folder."""
+        """Write what `from_pretrained` needs to a new folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        step: completed steps; names the folder.
-        model: its parameters and persistent buffers are saved from, or loaded into, where they are.
-        optimizer: None to leave its state out.
-        trainer: what else is needed to continue, as JSON; handed back by `Checkpointer.load`.
+        step: number of completed steps; part of the folder's name.
+        model: its parameters and persistent buffers are saved, or loaded in place.
+        optimizer: None to leave out its state.
+        trainer: further state that is needed to continue, as JSON; returned by `Checkpointer.load`.
         config: the resolved configuration as plain data.
         tokenizer: saved beside the model.
-        generation: a generation_config.json, kept beside the tokenizer.
-        base: where the frozen weights came from; given, they are not saved.
-        kept: why it is kept when newer ones are there.
+        generation: the text of generation_config.json, saved beside the tokenizer.
+        base: where the frozen weights came from; if given, they are not saved.
+        kept: how long it is kept once there are newer ones.
     """
 
     step: int
@@ -128,11 +128,11 @@ class CheckpointState:
 
 
 class Beside(NamedTuple):
-    """What a checkpoint holds beside tensors, as it is when it is saved.
+    """The contents of a checkpoint besides tensors, captured when it is saved.
 
     Attributes:
-        trainer: JSON, since the run goes on to change what it is made of.
-        config: plain data, which nothing changes.
+        trainer: JSON text, because the run continues to change the values.
+        config: plain data, which does not change.
     """
 
     step: int
@@ -143,14 +143,14 @@ class Beside(NamedTuple):
 
 
 class Checkpointer:
-    """Saves to, finds in and loads from one run's folder.
+    """Saves to, searches and loads from one run's folder.
 
     Args:
-        folder: `save_folder/checkpoints`; made by the first save.
-        keep: newest checkpoints to keep; -1 keeps all.
-        asynchronous: whether `save` returns at once, and a thread copies (staging.py) and writes.
-        timeout: seconds until a save fails in which some rank does not take part.
-        store: where checkpoints go from there; a save is done when the store has it.
+        folder: `save_folder/checkpoints`; created by the first save.
+        keep: number of newest checkpoints to keep; -1 keeps all.
+        asynchronous: whether `save` returns immediately, while a thread copies (staging.py) and writes.
+        timeout: seconds until a save fails because a rank does not take part.
+        store: where checkpoints are uploaded; a save is then complete once it is in the store.
     """
 
     def __init__(
@@ -164,41 +164,42 @@ class Checkpointer:
         self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
         self.store = store
-        # Called on rank 0 before a checkpoint becomes one, here or in the store; raises TakenOver.
+        # Called on rank 0 before a checkpoint is completed, here or in the store; raises TakenOver.
         self.check_owner: Callable[[], None] = lambda: None
         self.longest_save = 0.0  # seconds until a save was on disk, or in the store; 0 before the first
-        self._begun = 0.0  # when the save in flight began, by the monotonic clock
-        self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
+        self._begun = 0.0  # when the save in progress started, on the monotonic clock
+        self.newest_saved: Path | str | None = None  # written or found intact by this run: a folder, or a URL
         self._pending: Future[Path | str | None] | None = None
         self._config: tuple[Mapping[str, object], str] | None = None  # of the last save, and its YAML
         self._thread = ThreadPoolExecutor(1, WRITER)
         self.stage = Stage()
-        # The writer's own: its messages must not meet those of a step that goes on meanwhile.
+        # A separate group for the writer: its messages must not mix with those of a concurrent training step.
         self._ranks = runtime.plant(timeout) if runtime.world_size() > 1 else None
         self._uploader = None
         if store is not None:
             self._uploader = Uploader(self.folder, store, self._ranks, lambda: self.check_owner())
 
     def prepare(self, state: CheckpointState) -> None:
-        """Make room for the copies of an asynchronous save beside the training that comes before the first one.
+        """Allocate memory for the copies of an asynchronous save, concurrently with the training before the first one.
 
-        New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
+        Allocating costs several times what copying does: a page fault per 4 KiB, or pinning.
         """
         if self.asynchronous and self._pending is None:
             self._pending = self._thread.submit(self.stage.make_room, plan_save(_tensors(state)).parts)
 
     def save(self, state: CheckpointState) -> Path | str:
-        """Write a checkpoint, after the one in flight if there is one.
+        """Write a checkpoint, after waiting for the save in progress, if any.
 
-        Under `asynchronous`, parameters and the optimizer's state are copied while the caller goes on, and
-        `optimizer.step()` waits for that. Whatever else changes them calls `wait`, or `stage.wait`, before.
+        If `asynchronous`, parameters and the optimizer's state are copied while the caller continues, and
+        `optimizer.step()` waits until they are. Any other code that changes them must first call `wait`, or
+        `stage.wait`.
 
         Returns:
-            Its folder, or its URL; under `asynchronous`, what its folder will be unless that name is taken (`wait`
-            returns what it is).
+            Its folder, or its URL. If `asynchronous`, its future folder, unless that name is taken; `wait` returns the
+            actual one.
 
         Raises:
-            SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
+            SaveError: on all ranks, if this save or the one in progress failed on any. The run can continue.
         """
         self.wait()
         self._begun = time.monotonic()
@@ -211,19 +212,19 @@ class Checkpointer:
         return self.folder.path / f"step-{state.step}"
 
     def wait(self) -> Path | str | None:
-        """Wait for the save in flight and return its folder or URL; None if there is none.
+        """Wait for the save in progress and return its folder or URL; None if there is none.
 
         Raises:
-            SaveError: it failed.
+            SaveError: if it failed.
         """
         pending, self._pending = self._pending, None
         return pending.result() if pending is not None else None
 
     def newest(self) -> Contents | None:
-        """The newest checkpoint whose every file is intact, or None if there is none at all.
+        """Return the newest checkpoint whose files are all intact, or None if there are no checkpoints.
 
         Raises:
-            CheckpointError: there are checkpoints and none can be used.
+            CheckpointError: if there are checkpoints but none is usable.
         """
 
         def whole(found: Found) -> Contents:
@@ -241,7 +242,7 @@ class Checkpointer:
         return contents
 
     def _candidates(self) -> list[Candidate]:
-        """Checkpoints here and in the store, newest first; on rank 0."""
+        """Return the checkpoints here and in the store, newest first; called on rank 0."""
         found = [Candidate(str(path)) for path in checkpoints(self.folder.path)]
         if self.store is None:
             return found
@@ -253,18 +254,18 @@ class Checkpointer:
     ) -> dict[str, Json]:
         """Load a checkpoint into the model and the optimizer, whatever mesh it was saved on.
 
-        The random state comes back too if the number of ranks is the same; with another, it is left as it is.
+        The random state is restored too if the number of ranks is the same; otherwise it is left unchanged.
 
         Args:
-            source: a checkpoint or a folder with checkpoints (the newest), or what `newest` or `read` returned.
-            state: `model` and `optimizer` are loaded into; the rest is not looked at.
-            base_path: where the base of an adapter run is now, if it has moved.
+            source: a checkpoint, a folder of checkpoints (the newest is used), or the result of `newest` or `read`.
+            state: its `model` and `optimizer` are loaded into; the rest is ignored.
+            base_path: the current location of an adapter run's base, if it has moved.
 
         Returns:
-            What `state.trainer` was, and `step`.
+            The saved `state.trainer`, and `step`.
 
         Raises:
-            CheckpointError: it is damaged, or of another model; neither model nor optimizer has changed.
+            CheckpointError: if it is damaged, or of another model; model and optimizer are then unchanged.
         """
         contents = source if isinstance(source, Contents) else read(source, "everything")
         assert contents.verified == "everything"
@@ -293,13 +294,13 @@ class Checkpointer:
         return contents.trainer
 
     def tidy(self) -> None:
-        """Make up for what a killed or failed run left undone in the folder; on rank 0, with the run's lock held."""
+        """Finish what a killed or failed run left undone in the folder; on rank 0, holding the run's lock."""
         self.folder.tidy()
         if self.store is not None:
             self.store.sweep()
 
     def catch_up(self) -> None:
-        """Upload what the run could not before it ended, like a save of this one; all ranks together."""
+        """Upload a checkpoint that an earlier run could not upload, like a save; called by all ranks together."""
         path = runtime.on_rank0(self._uploader.left) if self._uploader is not None and self.folder.shared else None
         if path is not None:
             step, _ = number_of(path.name) or (0, 0)
@@ -332,16 +333,17 @@ class Checkpointer:
         return self.newest_saved
 
     def _say_at_once(self, error: SaveError) -> None:
-        if self.asynchronous:  # known to the caller at its next save only
+        if self.asynchronous:  # the caller only learns of it at its next save
             log.warning("%s", error)
 
     def _write_here(self, plan: SavePlan, beside: Beside) -> Path:
-        """Write a checkpoint to the folder of this machine."""
+        """Write a checkpoint to the folder on this machine."""
         if not self.folder.shared:
-            # Rank 0 sweeps its own machine's. All wait: the others of a machine would begin to write what goes then.
+            # Rank 0 sweeps its own machine. All ranks wait, since others on a machine must not write before its sweep
+            # ends.
             sweeps = runtime.local_rank() == 0 and not runtime.is_rank0()
             runtime.agreed(lambda: self.folder.sweep() if sweeps else None, self._ranks)
-        temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
+        temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name is used
         opened, commit = partial(self.folder.open, temporary), partial(self._commit, beside)
         try:
             return save_parts(plan, opened, commit, self.folder.shared, self._ranks)
@@ -358,7 +360,7 @@ class Checkpointer:
             raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {error}") from error
 
     def _commit(self, beside: Beside, temporary: Path, files: Files) -> Path:
-        """Complete a folder that every rank has written to, and give it its name; on rank 0."""
+        """Complete and rename a folder that every rank has written to; on rank 0."""
         for name, written in files.items() if self.folder.shared else ():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
@@ -375,11 +377,11 @@ class Checkpointer:
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
         self.check_owner()
-        write_manifest(temporary, beside.step, files, finite=True)  # the writers have looked
+        write_manifest(temporary, beside.step, files, finite=True)  # the writers checked that values are finite
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 
     def _yaml(self, config: Mapping[str, object]) -> str:
-        """A config as YAML: 300 settings take 30 ms to write, and are the same at each save."""
+        """Convert a config to YAML, cached: 300 settings take 30 ms to write, and do not change between saves."""
         if self._config is None or self._config[0] != config:
             self._config = config, write_resolved(config)
         return self._config[1]
@@ -399,7 +401,7 @@ def _tensors(state: CheckpointState) -> dict[str, Tensor | Halves]:
 
 
 def _updated(state: CheckpointState) -> set[str]:
-    """The names of what nothing but `optimizer.step()` changes: parameters and the optimizer's state, not buffers."""
+    """Return the names of tensors that only `optimizer.step()` changes: parameters and optimizer state, not buffers."""
     parameters = {f"model/{name}" for name, _ in state.model.named_parameters()}
     return parameters | optimizer_tensors(state.model, state.optimizer).keys()
 

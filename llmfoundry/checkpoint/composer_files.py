@@ -1,9 +1,10 @@
-"""Files of Composer's checkpoints, read without running anything in them: one FILE.pt, or a sharded folder.
+"""Reads Composer's checkpoints, a single FILE.pt or a sharded folder, without running any code in them.
 
-Both are pickles. A FILE.pt and each item of a sharded folder are read by torch's restricted unpickler (`weights_only`),
-which builds tensors and plain containers; the few other objects that Composer saves (times, random states, versions)
-become `Inert`, which holds nothing. The folder's `.metadata` is read by an unpickler that knows torch's own
-records and nothing else. Any other name in a file is an error before the file is unpickled, and nothing is imported.
+Both formats are pickles. A FILE.pt and each item of a sharded folder are read with PyTorch's restricted unpickler
+(`weights_only`), which builds tensors and plain containers. The few other objects that Composer saves (times, random
+states, versions) become `Inert`, which holds nothing. The folder's `.metadata` is read with an unpickler that only
+accepts PyTorch's own records. Any other name in a file is an error before the file is unpickled, and nothing is
+imported.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.hf.files import DTYPE_NAMES
 from llmfoundry.hf.pieces import Part, Spec, TensorSource
 
-METADATA = ".metadata"  # of a sharded folder, in torch.distributed.checkpoint's form
-_KEPT_CHUNKS = 4  # of a sharded folder, in memory: one expert's matrices lie in as many
+METADATA = ".metadata"  # of a sharded folder, in the format of torch.distributed.checkpoint
+_KEPT_CHUNKS = 4  # chunks of a sharded folder to keep in memory: one expert's matrices span as many
 
-# What else stands in Composer's files. None of it is needed, so none of it is built.
+# Other objects in Composer's files. None of them is needed, so none is built.
 _INERT = re.compile(
     r"torch\.torch_version\.TorchVersion|datetime\.(datetime|timedelta|timezone)|builtins\.frozenset"
     r"|pathlib\.\w+|numpy\.(ndarray|dtype)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
     r"|numpy\.dtypes\.\w+|(composer|llmfoundry|streaming|torchmetrics)\.[\w.]+"
 )
-# Wrappers' parts of a parameter's name, and what is no weight.
+# Wrapper prefixes in parameter names, and names that are not weights.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 _NO_WEIGHT = re.compile(r"(.*\.)?(rotary_emb\.\w+|attn_bias|_extra_state)")
 _BROKEN = (
@@ -47,36 +48,36 @@ Plain = None | bool | int | float | str | bytes | list["Plain"] | dict[str, "Pla
 
 
 class Inert:
-    """Stands for an object that was not built."""
+    """Placeholder for an object that was not built."""
 
     def __new__(cls, *_: object) -> Inert:
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        """Forget it."""
+        """Discard the state."""
 
 
 class ComposerFiles(TensorSource, Protocol):
     """A checkpoint of Composer's.
 
-    `specs` and `parts` are of the model's tensors, under their names there, without the first `model.` of
-    Composer's own.
+    `specs` and `parts` cover the model's tensors, under their names in the checkpoint without Composer's leading
+    `model.`.
     """
 
     path: Path
 
     def said(self, *keys: str) -> Plain:
-        """What stands below `state` at these keys, tensors aside; None: nothing does."""
+        """Return the plain data under `state` at these keys, without tensors; None if there is none."""
 
 
 def open_composer(path: Path) -> ComposerFiles:
-    """Open a checkpoint; of a sharded one, tensors are read later.
+    """Open a checkpoint. Of a sharded one, tensors are read later.
 
     Args:
-        path: a file of `torch.save`, or a folder with `.metadata`.
+        path: a `torch.save` file, or a folder with `.metadata`.
 
     Raises:
-        CheckpointError: it is neither, damaged, or holds objects that no checkpoint of Composer's needs.
+        CheckpointError: if it is neither, is damaged, or contains objects that no Composer checkpoint needs.
     """
     if path.is_file():
         return Monolith(path)
@@ -90,7 +91,7 @@ def open_composer(path: Path) -> ComposerFiles:
 
 
 class Monolith:
-    """One FILE.pt. It is mapped into memory: what is not asked for is not read."""
+    """A single FILE.pt, memory-mapped, so that only what is used is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,12 +108,12 @@ class Monolith:
         }
 
     def parts(self, name: str) -> list[Part]:
-        """A tensor, whole."""
+        """Return the whole tensor."""
         tensor = self._tensors[name]
         return [Part((0,) * tensor.dim(), tensor)]
 
     def said(self, *keys: str) -> Plain:
-        """As in `ComposerFiles`."""
+        """See `ComposerFiles`."""
         node: object = self._state
         for key in keys:
             node = node.get(key) if isinstance(node, dict) else None
@@ -128,7 +129,7 @@ class Chunk(NamedTuple):
     key: metadata.MetadataIndex
 
     def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
-        """All of it."""
+        """Yield the whole chunk."""
         values = self.source.item(self.key)
         if not isinstance(values, Tensor) or tuple(values.shape) != self.shape:
             raise CheckpointError(f"{self.source.path}: {self.key.fqn}: {METADATA} describes another tensor")
@@ -136,7 +137,7 @@ class Chunk(NamedTuple):
 
 
 class Sharded:
-    """A folder that each rank has written its part to."""
+    """A folder to which each rank wrote its part."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,7 +158,7 @@ class Sharded:
         }
 
     def parts(self, name: str) -> list[Chunk]:
-        """The boxes that ranks have saved of a tensor."""
+        """Return the boxes of a tensor that ranks saved."""
         fqn, about = self._named[name]
         boxes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in about.chunks}  # replicas save the same ones
         if sum(map(math.prod, boxes.values())) != math.prod(about.size):
@@ -165,7 +166,7 @@ class Sharded:
         return [Chunk(at, shape, self, metadata.MetadataIndex(fqn, at)) for at, shape in boxes.items()]
 
     def said(self, *keys: str) -> Plain:
-        """As in `ComposerFiles`."""
+        """See `ComposerFiles`."""
         root: dict[str | int, object] = {}
         for name, path in self._paths.items():
             inside = path[1 + len(keys) :]
@@ -185,7 +186,7 @@ class Sharded:
         return _plain(_with_lists(root)) if root else None
 
     def item(self, index: metadata.MetadataIndex) -> object:
-        """What is saved under an index; the last few are kept."""
+        """Return what is saved under an index; the last few are cached."""
         if index not in self._read:
             where = self._where.get(index)
             if where is None:
@@ -212,7 +213,7 @@ class Sharded:
 
 
 def _load(source: Path | io.BytesIO, where: str) -> object:
-    """A file of `torch.save` as tensors and plain containers."""
+    """Load a `torch.save` file as tensors and plain containers."""
     try:
         names = get_unsafe_globals_in_checkpoint(source)
     except PermissionError as error:
@@ -247,7 +248,7 @@ def _refuse(where: str, name: str) -> NoReturn:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds torch's records of a sharded checkpoint, and plain containers."""
+    """An unpickler that only builds PyTorch's records of a sharded checkpoint, and plain containers."""
 
     _RECORDS = {
         (record.__module__, record.__name__): record
@@ -263,10 +264,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._file = where
 
     def find_class(self, module: str, name: str) -> object:
-        """The record of that name."""
+        """Return the record of that name; raises CheckpointError for any other name."""
         if (module, name) in self._RECORDS:
             return self._RECORDS[module, name]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # vars: getattr would import modules
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr could import modules
             return vars(torch)[name]
         if module in ("pathlib", "pathlib._local"):
             return Inert
@@ -293,7 +294,7 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def _named(name: str) -> str:
-    """A parameter's name without wrappers, and without Composer's own `model.`."""
+    """Return a parameter's name without wrappers, and without Composer's own `model.`."""
     return _WRAPPERS.sub("", name).removeprefix("model.")
 
 
@@ -310,7 +311,7 @@ def _spec_of(name: str, dtype: torch.dtype, shape: tuple[int, ...], where: str) 
 
 
 def _plain(value: object) -> Plain:
-    """Plain data; everything else in it is left out."""
+    """Return the plain data in a value; everything else becomes None."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -321,7 +322,7 @@ def _plain(value: object) -> Plain:
 
 
 def _with_lists(node: object) -> object:
-    """Lists again, which a sharded folder keeps item by item; a mapping's own keys are texts."""
+    """Restore lists, which a sharded folder stores item by item; a mapping's own keys are strings."""
     if not isinstance(node, dict):
         return node
     inside = {key: _with_lists(each) for key, each in node.items()}

@@ -1,7 +1,7 @@
-"""Where the tensors of a model that Composer saved stand in ours.
+"""Maps the tensors of Composer checkpoints to llmfoundry tensors.
 
-Two layouts: LLM Foundry's MPT (hf/families/mpt_foundry.py), and our own names, which a checkpoint of
-integrations/composer.py has.
+There are two layouts: LLM Foundry's MPT (hf/families/mpt_foundry.py), and llmfoundry's own names, as saved by
+integrations/composer.py.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ _FAMILY = FoundryMPT()
 
 
 def is_composer(path: str) -> bool:
-    """Whether a `load_path` means a checkpoint of Composer's: FILE.pt, or a sharded folder."""
+    """Return whether a `load_path` is a Composer checkpoint: FILE.pt, or a sharded folder."""
     return path.endswith(".pt") or (Path(path) / METADATA).is_file()
 
 
 def load_composer(path: str, model: CausalLM) -> None:
-    """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
+    """Load the weights of a Composer checkpoint into a model; each rank of a sharded model reads what it holds.
 
     Args:
-        model: materialised, on any device and mesh. Its adapters are left as they are.
+        path: FILE.pt, or a sharded folder.
+        model: materialized, on any device and mesh. Its adapters are not changed.
 
     Raises:
-        CheckpointError: what is wrong with the checkpoint, or it is of another model; nothing has changed then.
+        CheckpointError: if the checkpoint is damaged, or of another model; the model is then unchanged.
     """
     files = open_composer(Path(path))
     copies = copies_from(files, model.config)
@@ -45,10 +46,11 @@ def load_composer(path: str, model: CausalLM) -> None:
 
 
 def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[Copy]]:
-    """What leads to each tensor of a model of ours.
+    """Return the copies that fill each tensor of an llmfoundry model.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape, or LLM Foundry's code means another model.
+        CheckpointError: if a tensor is missing, unexpected or of the wrong shape, or LLM Foundry's code computes
+            another model.
     """
     pieces = Pieces(our_shapes(config))
     if any(name.startswith(_FAMILY.prefix) for name in files.specs):
@@ -77,7 +79,7 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
 
 
 def _check_attention(config: CausalLMConfig, path: Path) -> None:
-    """Refuse another attention, and other norms of queries and keys than theirs: LayerNorm of eps 1e-5."""
+    """Raise CheckpointError for attention or QK-norms that LLM Foundry lacks: it uses LayerNorm with eps 1e-5."""
     attention = config.attention
     if not isinstance(attention, GroupedQueryConfig):
         raise CheckpointError(f"{path}: model.attn_config.attn_type: LLM Foundry has no {attention.attn_type}")

@@ -1,7 +1,7 @@
-"""Hugging Face folders to checkpoints of ours, back, and dense checkpoints to mixtures: all as streams.
+"""Conversion, as streams: Hugging Face folders to llmfoundry checkpoints and back, and dense models to mixtures.
 
-A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, free to be
-edited, which goes on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
+A converted checkpoint has only weights, in their original dtype. Its config.yaml is a complete, editable recipe that
+continues from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import write_resolved
 
-_FILE_BYTES = 2 * 10**9  # several files are checked on several cores
+_FILE_BYTES = 2 * 10**9  # several files can be verified on several cores
 
 
 class CheckpointSource:
-    """The weights of a checkpoint of ours, adapters added to what they adapt; what it lacks is read from its base.
+    """The weights of an llmfoundry checkpoint, with adapters merged; missing weights are read from its base.
 
     Args:
         contents: the checkpoint.
@@ -76,7 +76,7 @@ class CheckpointSource:
         self.specs: Mapping[str, Spec] = {**(self._base.specs if self._base is not None else {}), **own}
 
     def parts(self, name: str) -> Iterator[Kept]:
-        """The boxes that ranks have saved of a tensor; of one with an adapter, the whole."""
+        """Yield the boxes of a tensor that ranks saved; a tensor with an adapter is returned whole."""
         base = name.removesuffix(".weight")
         sides = [
             f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._own
@@ -98,14 +98,14 @@ class CheckpointSource:
 
 
 class HuggingFaceSource:
-    """The weights of a Hugging Face checkpoint under our names."""
+    """The weights of a Hugging Face checkpoint under llmfoundry names."""
 
     def __init__(self, path_or_id: str) -> None:
         self._theirs = open_checkpoint(path_or_id)
         self.specs: Mapping[str, Spec] = self._theirs.our_specs()
 
     def parts(self, name: str) -> Iterator[Kept]:
-        """A tensor, whole."""
+        """Yield the whole tensor."""
         tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         fill(tensor, (0,) * tensor.dim(), self._theirs.copies[name], self._theirs.source)
         yield Part((0,) * tensor.dim(), tensor)
@@ -121,17 +121,18 @@ def _open_base(contents: Contents, config: CausalLMConfig) -> TensorSource | Non
 
 
 def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig:
-    """A Hugging Face checkpoint as one of ours.
+    """Convert a Hugging Face checkpoint to an llmfoundry checkpoint.
 
     Args:
         source: a folder or a hub id.
-        out: the checkpoint; must not exist, or be empty.
+        out: the checkpoint to write; must not exist, or be empty.
+        progress: reports the bytes written.
 
     Returns:
         The model's config.
 
     Raises:
-        ConfigError: what is wrong with `source`, or `out` is in use; nothing is left of it.
+        ConfigError: if `source` cannot be converted, or `out` is in use; nothing is left behind.
     """
     theirs = open_checkpoint(source, once=True)
     with new_folder(out) as folder:
@@ -146,16 +147,18 @@ def to_hf(
     source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None,
     allow_code: bool = False,
 ) -> None:  # fmt: skip
-    """A checkpoint of ours as a Hugging Face folder; adapters are added to the weights that they adapt.
+    """Convert an llmfoundry checkpoint to a Hugging Face folder, with adapters merged.
 
     Args:
-        source: a checkpoint, a folder with checkpoints (the newest), or a run's `save_folder`.
-        dtype: of the weights; None: as they are stored.
-        model_type: the family; None: the first that can hold the model.
+        source: a checkpoint, a folder of checkpoints (the newest is used), or a run's `save_folder`.
+        out: the folder to write; must not exist, or be empty.
+        progress: reports the bytes written.
+        dtype: of the weights; None: as stored.
+        model_type: the family; None: the first that can represent the model.
         allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
-        ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
+        ConfigError: if `source` cannot be read, no family can represent the model, or `out` is in use.
     """
     newest_usable(
         lambda: candidates(source),
@@ -185,14 +188,16 @@ def _to_hf(
 
 
 def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None, allow_code: bool = False) -> None:
-    """The adapters of a checkpoint of ours as a folder that `peft` reads.
+    """Export the adapters of an llmfoundry checkpoint to a folder that PEFT reads.
 
     Args:
+        source: as in `to_hf`.
+        out: the folder to write; must not exist, or be empty.
         base_model: the hub id or folder of the model that they adapt.
         allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
-        ConfigError: there are no adapters, or they stand where `peft` cannot have any.
+        ConfigError: if there are no adapters, or PEFT cannot represent them.
     """
     contents, config = _open(source, allow_code=allow_code)
     if config.lora is None:
@@ -210,16 +215,21 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
 def grow(
     source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress, allow_code: bool = False
 ) -> CausalLMConfig:
-    """A dense checkpoint, Hugging Face's or ours, as a mixture of experts in a checkpoint of ours.
+    """Upcycle a dense checkpoint, in Hugging Face's or llmfoundry's format, to a mixture in an llmfoundry checkpoint.
 
     Args:
+        source: the dense checkpoint.
+        out: the checkpoint to write; must not exist, or be empty.
+        plan: how to upcycle.
+        seed: for the routers and the noise.
+        progress: reports the bytes written.
         allow_code: whether to run the plug-ins that its settings name.
 
     Returns:
         The mixture's config.
 
     Raises:
-        ConfigError: what is wrong with `source`, it is no dense model, or `out` is in use.
+        ConfigError: if `source` cannot be read or is not dense, or `out` is in use.
     """
     path = Path(source)
     is_ours = is_url(str(source)) or (path / manifest.MANIFEST).exists() or (path / "checkpoints").is_dir()
@@ -264,9 +274,9 @@ def grow(
 
 
 def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, object]:
-    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose.
+    """Return the config of a run that continues from a converted checkpoint; the reader chooses the data.
 
-    It trains on all of ./data; it evaluates once `eval_interval` says so.
+    It trains on all of ./data, and evaluates only if `eval_interval` is set.
     """
     return {
         "max_seq_len": min(config.max_seq_len, 4096),
@@ -290,7 +300,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _open(source: str | Path, need: Need = "model", allow_code: bool = False) -> tuple[Contents, CausalLMConfig]:
-    """What a checkpoint says about itself, and the config of its model."""
+    """Read a checkpoint's contents, and the config of its model."""
     contents = read(source, need)
     if not allow_code:
         refuse_code(contents.config, str(contents.path), ["code_paths"])
@@ -317,7 +327,7 @@ def write_ours(
     progress: Progress,
     fill_box: FillBox,
 ) -> None:
-    """A whole checkpoint of ours in a folder that will be `out`."""
+    """Write a complete llmfoundry checkpoint to `folder`, which will be renamed to `out`."""
     parts = {f"model-{number:05d}.safetensors": part for number, part in enumerate(shards(specs, _FILE_BYTES))}
     finite = []
 

@@ -1,7 +1,7 @@
-"""Which checkpoint a path or URL means, and where its files are on this machine.
+"""Resolves a path or URL to a checkpoint, and fetches its files to this machine.
 
-A checkpoint in a store (`s3://bucket/runs/moe`) is fetched into the cache, once per machine, before it is used. There,
-a folder without MANIFEST.json is half an upload and no checkpoint.
+A checkpoint in a store (`s3://bucket/runs/moe`) is fetched to the cache, once per machine, before it is used. In a
+store, a folder without MANIFEST.json is an incomplete upload, not a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from llmfoundry.data.remote import LIMIT, RemoteFile, Store, listing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_AT_ONCE = 4  # files fetched
+_AT_ONCE = 4  # files fetched concurrently
 
 
 class Candidate(NamedTuple):
-    """A checkpoint that may be used.
+    """A checkpoint that may be usable.
 
     Attributes:
         place: its folder or URL.
-        files: of one in a store, by their names in it.
+        files: if it is in a store, its files by name.
     """
 
     place: str
@@ -49,11 +49,11 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A checkpoint that can be read.
+    """A checkpoint whose files are on this machine.
 
     Attributes:
-        path: where its files are on this machine.
-        place: what it is called: its folder or URL.
+        path: the folder on this machine.
+        place: its name for users: a folder or URL.
     """
 
     path: Path
@@ -61,12 +61,12 @@ class Found(NamedTuple):
 
 
 def candidates(path: str | Path) -> list[Candidate]:
-    """The checkpoints that a path may mean: itself, or all in a folder of checkpoints or of a run, newest first.
+    """Return the checkpoints that a path may mean: itself, or all in a folder of checkpoints or a run, newest first.
 
-    `latest` means the newest, wherever the link points.
+    `latest` means the newest one, wherever the link points.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: if there is none.
     """
     if is_url(str(path)):
         return _candidates_of_store(str(path).rstrip("/"))
@@ -97,11 +97,11 @@ def _candidates_of_store(url: str) -> list[Candidate]:
 
 
 def in_store(url: str, files: Mapping[str, RemoteFile]) -> list[Candidate]:
-    """The complete checkpoints in a folder of a store, newest first.
+    """Return the complete checkpoints in a folder of a store, newest first.
 
     Args:
         url: the folder.
-        files: all below it.
+        files: all files under it.
     """
     names = {name.partition("/")[0] for name in files if name.endswith(f"/{MANIFEST}")}
     numbered = sorted(((number, name) for name in names if (number := number_of(name))), reverse=True)
@@ -113,19 +113,19 @@ def _below(files: Mapping[str, RemoteFile], folder: str) -> dict[str, RemoteFile
 
 
 def newest_usable(find: Callable[[], list[Candidate]], use: Callable[[Found], T], need: Need, where: str) -> T:
-    """Use the newest of several checkpoints; where it is damaged, say so loudly and use the one before it.
+    """Use the newest of several checkpoints; if it is damaged, log an error and use the previous one.
 
-    All ranks call this together, and use the same checkpoint: rank 0 looks for it.
+    All ranks must call this; they use the same checkpoint, which rank 0 finds.
 
     Args:
-        find: the checkpoints, the newest first; asked again after each that is damaged.
-        use: raises DamagedError, on all ranks, if the checkpoint cannot be used.
-        need: the files that `use` reads: of a checkpoint in a store, no others are fetched.
-        where: what the user calls the place.
+        find: returns the checkpoints, newest first; called again after each damaged one.
+        use: raises DamagedError, on all ranks, if the checkpoint is unusable.
+        need: the files that `use` reads; from a store, only these are fetched.
+        where: the user's name for the location.
 
     Raises:
-        CheckpointError: there is none, or all of them are damaged.
-        ResourceError: a store does not answer: an older checkpoint would be there no more than this one.
+        CheckpointError: if there is none, or all are damaged.
+        ResourceError: if a store does not answer; an older checkpoint would not be available either.
     """
     damaged: dict[str, DamagedError] = {}
     while untried := [each for each in runtime.on_rank0(find) if each.place not in damaged]:
@@ -143,11 +143,11 @@ def newest_usable(find: Callable[[], list[Candidate]], use: Callable[[Found], T]
 
 
 def here(candidate: Candidate, need: Need) -> Found:
-    """A checkpoint on this machine; one in a store is fetched, on every machine.
+    """Make a checkpoint available on this machine; one in a store is fetched on every machine.
 
     Raises:
-        DamagedError: on all ranks; the store has changed since it was written.
-        ResourceError: the store does not answer.
+        DamagedError: on all ranks, if the store's files differ from what was written.
+        ResourceError: if the store does not answer.
     """
     if candidate.files is None:
         return Found(Path(candidate.place), candidate.place)
@@ -155,7 +155,7 @@ def here(candidate: Candidate, need: Need) -> Found:
 
 
 def file_here(path: str) -> str:
-    """A single file on this machine, fetched if it is named by a URL; all ranks together."""
+    """Return a file on this machine, fetched if it is given by a URL; called by all ranks together."""
     if not is_url(path):
         return path
     store = Store(runtime.cache_root())
@@ -163,7 +163,7 @@ def file_here(path: str) -> str:
 
 
 def fetched(candidate: Candidate, need: Need) -> Path:
-    """The folder of a checkpoint on this machine, fetched if need be; raises as `here`, but on this rank alone."""
+    """Return the folder of a checkpoint on this machine, fetched if needed; raises as `here`, but only on this rank."""
     if candidate.files is None:
         return Path(candidate.place)
     size = sum(file.size for name, file in candidate.files.items() if is_needed(name, need))
@@ -198,7 +198,7 @@ def _fetch(place: str, name: str, file: RemoteFile | None, written: Written, to:
     if file.size != written.bytes:
         raise DamagedError(f"{place}/{name}: has {file.size} bytes of {written.bytes}; the checkpoint is damaged")
     to.parent.mkdir(exist_ok=True, parents=True)
-    for _ in range(2):  # bytes may change on the way, too
+    for _ in range(2):  # data may be corrupted in transit, too
         remote.fetch(file, to)
         if measure(to).sha256 == written.sha256:
             return

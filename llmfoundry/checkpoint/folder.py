@@ -1,8 +1,9 @@
-"""The folder of a run's checkpoints on this machine: where a new one is written, which are kept, what is cleared away.
+"""The folder of a run's checkpoints on this machine: naming, retention and cleanup.
 
-One run owns it (`RunFolder` holds its lock), and rank 0 alone changes it. After a checkpoint has got its name, the
-folder is tidied: the link `latest` moves, old checkpoints go, leftovers go. Each of these duties is tried, whatever
-happened to the one before it, and the next start of the run makes up for what a kill or an error left undone.
+One run owns it (`RunFolder` holds its lock), and only rank 0 changes it. After a checkpoint has been renamed, the
+folder is tidied: the link `latest` is moved, and old checkpoints and leftovers are deleted. Each of these steps is
+tried, whether or not the previous one failed, and the next start of the run finishes what a kill or an error left
+undone.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from llmfoundry.checkpoint.manifest import (
 
 log = logging.getLogger(__name__)
 
-# Why a checkpoint is kept: as one of the newest; for good; or for now, until there is a newer one. The last is saved
-# while updates are skipped: it pushes no good checkpoint out.
+# Why a checkpoint is kept: as one of the newest; forever; or until there is a newer one. The last is saved while
+# updates are skipped, and does not displace good checkpoints.
 Kept = Literal["newest", "for good", "for now"]
 KEPT = "kept"  # its key in trainer.json
 
 
 class Standing(NamedTuple):
-    """A whole checkpoint, as far as retention asks."""
+    """A complete checkpoint, as needed for retention."""
 
     name: str
     kept: Kept
 
 
 def outdated(found: Sequence[Standing], keep: int) -> list[str]:
-    """The checkpoints that are not to be kept.
+    """Return the checkpoints to delete.
 
     Args:
-        found: all whole ones, the newest (or just saved) first, which always stays.
-        keep: the newest to keep; -1 keeps all.
+        found: all complete ones, the newest (or just saved) first; the first is always kept.
+        keep: number of newest ones to keep; -1 keeps all.
     """
     if keep == -1:
         return []
@@ -57,17 +58,17 @@ def outdated(found: Sequence[Standing], keep: int) -> list[str]:
 
 
 def kept_of(trainer: object) -> Kept:
-    """What the contents of a trainer.json say; a checkpoint of an older version counts among the newest."""
+    """Return how long a checkpoint is kept, by its trainer.json; those of older versions count among the newest."""
     said = trainer.get(KEPT) if isinstance(trainer, dict) else None
     return cast(Kept, said) if said in get_args(Kept) else "newest"
 
 
 class CheckpointFolder:
-    """A folder of checkpoints, as the run that saves to it sees it.
+    """A folder of checkpoints, from the point of view of the run that saves to it.
 
     Args:
-        path: `save_folder/checkpoints`; made by the first save.
-        keep: newest checkpoints to keep; -1 keeps all.
+        path: `save_folder/checkpoints`; created by the first save.
+        keep: number of newest checkpoints to keep; -1 keeps all.
     """
 
     def __init__(self, path: Path, keep: int = -1) -> None:
@@ -76,27 +77,27 @@ class CheckpointFolder:
         self.path = path
         self.keep = keep
         self.shared = True  # whether all ranks see it; without a store, they must
-        self.unusable: set[Path] = set()  # found damaged by reading them: neither counted nor deleted
+        self.unusable: set[Path] = set()  # found damaged when read: neither counted nor deleted
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, by a look at the files' sizes."""
+        """Return the newest complete checkpoint, judging by file sizes only."""
         return next(iter(self._whole()), None)
 
     def clear(self) -> None:
-        """Delete all whole checkpoints, which a store has by now, or newer ones."""
+        """Delete all complete checkpoints, because a store has them or newer ones."""
         self._do(*(partial(remove, path) for path in self._whole()))
         self._do(lambda: (self.path / LATEST).unlink(missing_ok=True))
 
     def open(self, temporary: str) -> Path:
-        """Make a folder to write a checkpoint to."""
+        """Create a folder to write a checkpoint to."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._do(self.sweep)  # first, for the space
+        self._do(self.sweep)  # first, to free space
         folder = self.path / temporary
         folder.mkdir()
         return folder
 
     def adopt(self, temporary: Path, step: int) -> Path:
-        """Give a complete folder the name of a checkpoint, and return it; then tidy."""
+        """Rename a complete folder to a checkpoint's name, and return it; then tidy."""
         final = self._free_name(step)
         temporary.rename(final)
         fsync_folder(self.path)
@@ -106,7 +107,7 @@ class CheckpointFolder:
         return final
 
     def tidy(self) -> None:
-        """Make up for what a killed or failed run left undone."""
+        """Finish what a killed or failed run left undone."""
         self._do(self._adopt_copied_link, self._point_latest, self._prune, self.sweep)
 
     def _free_name(self, step: int) -> Path:
@@ -117,7 +118,7 @@ class CheckpointFolder:
         return path
 
     def _do(self, *duties: Callable[[], None]) -> None:
-        """Do each, whatever the one before met with: the checkpoints themselves are safe."""
+        """Run each step, even if the previous one failed: the checkpoints themselves are safe."""
         for duty in duties:
             try:
                 duty()
@@ -125,11 +126,11 @@ class CheckpointFolder:
                 log.warning("while tidying %s: %s", self.path, error)
 
     def _whole(self) -> list[Path]:
-        """Whole checkpoints, newest first; those found damaged left out."""
+        """Return the complete checkpoints, newest first, without those found damaged."""
         return [path for path in checkpoints(self.path) if path not in self.unusable and is_whole(path)]
 
     def _adopt_copied_link(self) -> None:
-        """Make room for the link where a copy that followed links left a folder: a second copy, or the only one."""
+        """Rename or delete a `latest` that a link-following copy made a folder: a duplicate, or the only checkpoint."""
         latest = self.path / LATEST
         if not is_copied_link(latest):
             return
@@ -152,7 +153,7 @@ class CheckpointFolder:
         temporary.replace(link)
 
     def _prune(self, newest: Path | None = None) -> None:
-        """Delete what is not to be kept; never `newest`, nor damaged ones."""
+        """Delete checkpoints that are not kept, but never `newest` or damaged ones."""
         if self.keep == -1:
             return
         whole = [path for path in self._whole() if path != newest]
@@ -160,7 +161,7 @@ class CheckpointFolder:
         self._do(*(partial(remove, self.path / name) for name in outdated(standing, self.keep)))
 
     def sweep(self) -> None:
-        """Delete what dead runs left: this run has the folder to itself."""
+        """Delete what killed runs left; this run owns the folder."""
         stale = (*self.path.glob("step-*.tmp-*"), *self.path.glob(f"{LATEST}.tmp-*"))
         self._do(*(partial(remove, path) for path in stale))
 

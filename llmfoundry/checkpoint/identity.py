@@ -1,11 +1,11 @@
-"""What a run is: one comparison of a run's settings with those of the checkpoint that it begins from.
+"""Compares a run's settings with those of the checkpoint that it starts from.
 
-A setting is part of the identity if another value would change what the saved state means: which text row n is, what
-the weights compute, what the optimizer's state belongs to. Such a difference is refused unless `load_allow` names it.
-Everything else (learning rate, schedule, duration, callbacks, mesh, ...) may differ, and is listed.
+A setting is part of a run's identity if changing it would change the meaning of the saved state: which text row n is,
+what the weights compute, what the optimizer's state belongs to. Such differences are rejected unless `load_allow` names
+them. All other settings (learning rate, schedule, duration, callbacks, mesh, ...) may differ, and are listed.
 
-A key that an older checkpoint lacks counts as having its default there. Keys that no longer exist are listed.
-Where the data lies is not part of the identity; the fingerprint of its tokens is (train/resume.py).
+A key that an older checkpoint lacks counts as having its default there. Keys that no longer exist are listed. The
+location of the data is not part of the identity; the fingerprint of its tokens is (train/resume.py).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.private import disclosed
 
-# Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
+# Identity beyond the model's function. `load_allow` also accepts names that are compared elsewhere.
 ROWS = (
     "seed", "max_seq_len", "train_loader.name", "train_loader.drop_last", "train_loader.dataset.shuffle",
     "train_loader.dataset.shuffle_seed", "train_loader.dataset.shuffle_block_size", "train_loader.dataset.max_seq_len",
 )  # fmt: skip
 _RESUMED = (*ROWS, "global_train_batch_size", "optimizer.name")
 DATA, MIXTURE, TOKENIZER = "data", "mixture", "tokenizer"
-# How a run begins and where it leaves its files: no settings of the run itself.
-# What decides the tokens is compared by their fingerprint.
+# How a run starts and where it writes files: these are not settings of the run itself. What determines the tokens is
+# compared by fingerprint.
 _UNLISTED = (
     "save_folder", "autoresume", "load_path", "load_weights_only", "load_allow", "tokenizer.add_bos",
     "tokenizer.parse_special_tokens",
 )  # fmt: skip
 
-# Of the model: another value needs weights of other shapes.
+# Model settings that change the shapes of weights.
 _SIZES = (
     "d_model", "n_layers", "ffn_config.ffn_hidden_size", "ffn_config.moe_num_experts", "ffn_config.mlp_type",
     "ffn_config.shared_expert_hidden_size",
@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
 
 class _Unset:
-    """The value of a key that one of the two does not have."""
+    """The value of a key that one side lacks."""
 
     def __repr__(self) -> str:
         return "(not set)"
@@ -76,11 +76,11 @@ def compare(
     """Compare the settings of a run with those of a checkpoint.
 
     Args:
-        config: of the run, whole.
+        config: the run's full config.
         model: its model.
         before: the checkpoint's config.yaml.
-        weights_only: whether a new run begins from the weights: then only the model's function is identity.
-        now: the run's settings as they are written, if some are not written as they are.
+        weights_only: whether a new run starts from the weights; then only the model's function is identity.
+        now: the run's settings as written, if some are written differently.
     """
     old = _flat(disclosed(filled(config, before), {}))
     new = _flat(disclosed(_dumped(config), {}) if now is None else now)
@@ -98,15 +98,16 @@ def compare(
 
 
 def check_allowed(comparison: Comparison, allow: Sequence[str], source: str, remedy: str) -> None:
-    """Refuse differences in identity that are not allowed by name.
+    """Reject differences in identity that are not allowed by name.
 
     Args:
-        allow: keys, or blocks of them, as in `load_allow`.
+        comparison: from `compare`.
+        allow: keys, or blocks of keys, as in `load_allow`.
         source: the checkpoint, for the message.
-        remedy: what else may be done.
+        remedy: what else the user can do.
 
     Raises:
-        ConfigError: a line for each, and the remedy.
+        ConfigError: with one line per difference, and the remedy.
     """
     refused = [each for each in comparison.identity if not is_allowed(each.key, allow)]
     if refused:
@@ -120,15 +121,15 @@ def check_allowed(comparison: Comparison, allow: Sequence[str], source: str, rem
 
 
 def is_allowed(key: str, allow: Iterable[str]) -> bool:
-    """Whether `load_allow` names a key, or a block that it is in."""
+    """Return whether `load_allow` names a key, or a block that contains it."""
     return any(f"{key}.".startswith(f"{each}.") for each in allow)
 
 
 def check_names(config: Config, model: CausalLMConfig, allow: Sequence[str]) -> None:
-    """Refuse names in `load_allow` that can never allow anything.
+    """Reject names in `load_allow` that can never allow anything.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: naming the first of them.
     """
     known = {DATA, MIXTURE, TOKENIZER, *_RESUMED, *_flat(_dumped(config))} | {
         f"model.{name}" for name in _named(facts(model))
@@ -141,7 +142,7 @@ def check_names(config: Config, model: CausalLMConfig, allow: Sequence[str]) -> 
 
 
 def filled(config: Config, before: Plain) -> dict[str, object]:
-    """`before` under the keys of today: a key that it lacks has its default, unless a value is required."""
+    """Return `before` with today's keys: missing keys get their default, unless a value is required."""
     result = {key: value for key, value in before.items() if key not in type(config).model_fields}
     for name, field in type(config).model_fields.items():
         now = getattr(config, name)
@@ -157,7 +158,7 @@ def filled(config: Config, before: Plain) -> dict[str, object]:
 
 
 def _is_of_kind(now: Config, old: Plain) -> bool:
-    """Whether `old` are settings of the class of `now`."""
+    """Return whether `old` holds settings of the class of `now`."""
     if not isinstance(now, Choice):
         return True
     tag = old.get(now._tag, type(now).model_fields[now._tag].default)
@@ -173,7 +174,7 @@ def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool)
     assert isinstance(was, CausalLMConfig)
     differing = weight_differences(was, model) if weights_only else differences(facts(was), facts(model))
     found = [Difference(f"model.{key}", *both) for key, both in differing.items()]
-    # Adapters begin on a base that has none.
+    # Adapter training starts from a base without adapters.
     if was.lora != model.lora and not (weights_only and (was.lora is None or model.lora is None)):
         lora = (None if each is None else each.model_dump(mode="json") for each in (was.lora, model.lora))
         found.append(Difference("model.lora", *lora))
@@ -181,7 +182,7 @@ def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool)
 
 
 def _without_unknown(config: Config, data: Plain) -> dict[str, object]:
-    """`data` without keys that no longer exist, as far as its blocks are of today's kinds."""
+    """Return `data` without keys that no longer exist, as far as its blocks are of today's classes."""
     result: dict[str, object] = {}
     for name, value in data.items():
         if name in type(config).model_fields:
@@ -193,7 +194,7 @@ def _without_unknown(config: Config, data: Plain) -> dict[str, object]:
 
 
 def _named(keys: Iterable[str]) -> set[str]:
-    """The names of facts as `differences` writes them."""
+    """Return the names of facts as in `differences`."""
     return {f"ffn_config.{key.partition('].')[2]}" if key.startswith("ffn_config[") else key for key in keys}
 
 

@@ -1,7 +1,7 @@
-"""tensors.json: of every tensor its dtype, its shape and the number of its layout; it does not grow with ranks.
+"""tensors.json: the dtype, shape and layout number of every tensor; its size does not grow with the number of ranks.
 
-A layout says which rank wrote which box. Tensors of one shape share a layout, and boxes that follow each other at equal
-distances are one entry of it. Where in its file a box begins, the file's own header says.
+A layout says which rank wrote which box. Tensors of the same shape share a layout, and boxes at equal distances form
+one entry of it. The position of a box in its file is given by the file's own header.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAVED_DTYPES.items()}
 
 
 class Box(NamedTuple):
-    """A part of a tensor that one rank has."""
+    """A part of a tensor that one rank holds."""
 
     rank: int
     offsets: tuple[int, ...]  # in the tensor
@@ -46,7 +46,7 @@ class Box(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, and the file that it is in."""
+    """A box of a tensor, and the file that contains it."""
 
     file: str
     offsets: tuple[int, ...]
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tensor of a checkpoint. Those of one layout share `chunks`."""
+    """One tensor of a checkpoint. Tensors with the same layout share `chunks`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,15 +70,15 @@ class Laid(NamedTuple):
 
 
 def file_of(group: str, rank: int) -> str:
-    """The file of a group of tensors that a rank writes."""
+    """Return the name of the file that a rank writes for a group of tensors."""
     return f"{group}-{rank:05d}.safetensors"
 
 
 def index_of(tensors: Mapping[str, Laid], layouts: Sequence[Sequence[Box]]) -> bytes:
-    """What tensors.json says.
+    """Return the contents of tensors.json.
 
     Raises:
-        ValueError: the boxes of a layout do not make up the tensors that are laid out so.
+        ValueError: if the boxes of a layout do not cover the tensors that use it.
     """
     for layout, shape in {(laid.layout, laid.shape) for laid in tensors.values()}:
         _check_boxes(layouts[layout], shape)
@@ -90,7 +90,7 @@ def index_of(tensors: Mapping[str, Laid], layouts: Sequence[Sequence[Box]]) -> b
 
 
 def _runs(boxes: Sequence[Box]) -> Iterator[dict[str, object]]:
-    """Boxes of one shape whose ranks and offsets grow by the same steps, as one entry each."""
+    """Yield boxes of the same shape whose ranks and offsets increase by constant steps as one entry."""
     waiting = sorted(boxes, key=lambda box: (box.offsets, box.rank))
     start = 0
     while start < len(waiting):
@@ -106,14 +106,14 @@ def _runs(boxes: Sequence[Box]) -> Iterator[dict[str, object]]:
         start = end
 
 
-_MOST = 2**17  # boxes of a layout: more than ranks that a run may have
+_MOST = 2**17  # boxes per layout: more than the ranks of any run
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """The tensors of a checkpoint by name.
+    """Return the tensors of a checkpoint by name.
 
     Raises:
-        ValueError: the index is malformed, points out of the folder, or leaves a part of a tensor out.
+        ValueError: if the index is malformed, refers to files outside of the folder, or does not cover a tensor.
     """
     try:
         said = read_mapping(folder / INDEX, follow=False)
@@ -133,7 +133,7 @@ def _entries(listed: dict[str, Json], layouts: list[tuple[Box, ...]]) -> dict[st
         if not isinstance(said, dict) or not isinstance(said["dtype"], str) or said["dtype"] not in SAVED_DTYPES:
             raise ValueError(f"{name!r:.80} is {said!r:.80}, which is not a tensor")
         dtype, shape = SAVED_DTYPES[said["dtype"]], whole_numbers(said["shape"])
-        if "chunks" in said:  # as it was written by earlier versions
+        if "chunks" in said:  # the format of earlier versions
             entries[name] = Entry(dtype, shape, _earlier(said["chunks"], shape))
             continue
         layout = whole_number(said["layout"])
@@ -186,7 +186,7 @@ def _earlier(listed: Json, shape: tuple[int, ...]) -> tuple[Chunk, ...]:
 
 
 def _check_boxes(boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless boxes make up a tensor of a shape, each element once."""
+    """Raise ValueError unless the boxes cover every element of a tensor of this shape exactly once."""
     whole = f"a tensor of {shape}"
     if any(box.rank < 0 or len(box.offsets) != len(shape) or len(box.shape) != len(shape) for box in boxes):
         raise ValueError(f"a box is of no rank, or has not the dimensions of {whole}")
@@ -206,10 +206,11 @@ def _check_boxes(boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
 
 
 def _overlap(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether two of N boxes have an element in common; they lie within a tensor, and add up to its size.
+    """Return whether any two of N boxes overlap. They lie within a tensor, and their sizes add up to its size.
 
     Args:
-        offsets: (N, dims); sizes: (N, dims).
+        offsets: (N, dims).
+        sizes: (N, dims).
     """
     n, dims = offsets.shape
     if n < 2 or dims == 0:
@@ -217,7 +218,7 @@ def _overlap(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
     if len(np.unique(np.concatenate([offsets, sizes], axis=1), axis=0)) < n:
         return True
     if all(_are_apart(offsets[:, dim], sizes[:, dim]) for dim in range(dims)):
-        return False  # as meshes divide: in each dimension two boxes are the same, or apart; so two boxes are apart
+        return False  # as meshes divide: in each dim, two boxes are equal or disjoint; so two boxes are disjoint
     order = np.lexsort(offsets.T[::-1])
     offsets, sizes = offsets[order], sizes[order]
     for i in range(n - 1):
@@ -229,6 +230,6 @@ def _overlap(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
 
 
 def _are_apart(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether intervals that differ have nothing in common."""
+    """Return whether distinct intervals are disjoint."""
     found = np.unique(np.stack([starts, sizes], axis=1), axis=0)
     return bool((found[:-1, 0] + found[:-1, 1] <= found[1:, 0]).all())

@@ -1,15 +1,14 @@
-"""A checkpoint as a folder of files: which there are, whether they are whole, which is the newest.
+"""A checkpoint as a folder of files: which files it has, whether they are complete, and which one is the newest.
 
 `MANIFEST.json` lists every other file with its size and SHA-256. It is written last, so a folder without it is not a
-checkpoint, and a folder gets the name of a checkpoint only when it is complete. The newest checkpoint is found by
-scanning a folder and verifying what is there (finding.py); the link `latest` is for people and is never believed.
+checkpoint, and a folder only gets a checkpoint's name once it is complete. The newest checkpoint is found by scanning a
+folder and verifying its contents (finding.py); the link `latest` is for people and is never trusted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,54 +24,53 @@ from llmfoundry import runtime
 from llmfoundry.config import ConfigError, RunError
 from llmfoundry.strict_json import Json, read_mapping, whole_number
 
-log = logging.getLogger(__name__)
-
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1
 
-# What every checkpoint has; there are tensor files and a tokenizer beside.
+# Files of every checkpoint, besides tensor files and a tokenizer.
 INDEX, TRAINER, CONFIG = "tensors.json", "trainer.json", "config.yaml"
-# In a converted checkpoint config.yaml is a recipe that the reader edits, so the manifest does not list it, and the
+# In a converted checkpoint, config.yaml is a recipe for the reader to edit, so the manifest does not list it, and the
 # settings of the weights are kept here.
 CONVERTED = "converted.yaml"
 
-Need = Literal["everything", "model", "texts"]  # which files of a checkpoint: texts are all but tensors
+Need = Literal["everything", "model", "texts"]  # which files of a checkpoint; texts: all but tensors
 _STEP_FOLDER = re.compile(r"step-(\d+)(?:-r(\d+))?")
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is missing, damaged, or not of this model."""
+    """A checkpoint is missing, damaged, or of another model."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose files are not as they were written: an older one may serve."""
+    """The files of a checkpoint are not as they were written; an older checkpoint may be usable."""
 
 
 class SaveError(RunError):
-    """A checkpoint that could not be written; those before it are intact."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class TakenOver(RunError):
-    """Another run has taken this one's folder: nothing more may be written there."""
+    """Another run has taken over this run's folder, so nothing more may be written there."""
 
 
 class NotFiniteError(RunError):
-    """A tensor that is to be saved has values that are not finite: no later step can repair it."""
+    """A tensor to be saved has non-finite values, which later steps cannot repair."""
 
 
 class Written(NamedTuple):
-    """A file that is on disk, synced."""
+    """A file that has been written and synced to disk."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """What the manifest of a checkpoint says.
+    """The contents of a checkpoint's manifest.
 
     Attributes:
-        finite: whether every value was looked at when it was written.
-        files: every other file, by its name in the folder; none of them is outside it.
+        step: the step of the checkpoint.
+        finite: whether all values were checked to be finite when it was written.
+        files: every other file, by its name in the folder; all are inside of it.
     """
 
     step: int
@@ -90,8 +88,8 @@ def write_file(path: Path, content: bytes) -> Written:
 
 
 def measure(file: Path, sync: bool = False) -> Written:
-    """The length and SHA-256 of a file."""
-    # hashlib.file_digest reads 2**18 bytes at a time, which took the system several times as long from a cold disk.
+    """Return the length and SHA-256 of a file."""
+    # hashlib.file_digest reads 2**18 bytes at a time, which took several times as much system time from a cold disk.
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**22))
     with file.open("rb", buffering=0) as handle:
         while count := handle.readinto(buffer):
@@ -102,7 +100,7 @@ def measure(file: Path, sync: bool = False) -> Written:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that its file names survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,10 +109,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, Written], finite: bool = False) -> None:
-    """List the files of a complete folder, and sync it.
+    """Write the manifest of a complete folder, and sync it.
 
     Args:
-        finite: whether every value was looked at and is finite; else whoever reads the checkpoint looks.
+        folder: the folder.
+        step: the step of the checkpoint.
+        files: its files, by name.
+        finite: whether all values were checked to be finite; otherwise they are checked on reading.
     """
     listed = {name: written._asdict() for name, written in sorted(files.items())}
     manifest = {"format": FORMAT, "step": step, "finite": finite, "files": listed}
@@ -123,21 +124,21 @@ def write_manifest(folder: Path, step: int, files: dict[str, Written], finite: b
 
 
 def is_needed(name: str, need: Need) -> bool:
-    """Whether a file is among those that are needed."""
+    """Return whether a file is among those needed."""
     is_tensors = name.endswith(".safetensors")
     return need == "everything" or not is_tensors or (need == "model" and name.startswith("model-"))
 
 
 def number_of(name: str) -> tuple[int, int] | None:
-    """The step and the repetition that a folder's name gives; None if it is not a checkpoint's."""
+    """Return the step and repetition in a folder's name, or None if it is not a checkpoint's name."""
     match = _STEP_FOLDER.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by name, newest first: by step, then by repetition.
+    """Return the checkpoints in a folder, judging by name, newest first: by step, then by repetition.
 
-    Where a copy followed links (`cp -rL`, `aws s3 sync`), `latest` is a folder: a checkpoint as good as its step.
+    If a copy followed links (`cp -rL`, `aws s3 sync`), `latest` is a folder, which counts as a checkpoint of its step.
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -150,12 +151,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_copied_link(path: Path) -> bool:
-    """Whether this is a `latest` that is a folder instead of a link."""
+    """Return whether this is a `latest` that is a folder instead of a link."""
     return path.name == LATEST and path.is_dir() and not path.is_symlink()
 
 
 def step_in(path: Path) -> int | None:
-    """The step that the manifest of a checkpoint gives; None if it cannot be read."""
+    """Return the step in a checkpoint's manifest, or None if it cannot be read."""
     try:
         return whole_number(read_mapping(path / MANIFEST, follow=False)["step"])
     except (OSError, ValueError, KeyError):
@@ -163,24 +164,24 @@ def step_in(path: Path) -> int | None:
 
 
 def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> Manifest:
-    """Check the files of a checkpoint against its manifest; ranks share the work.
+    """Check the files of a checkpoint against its manifest; the ranks share the work.
 
     Args:
         path: the checkpoint.
-        only: which files, by name.
+        only: selects files by name.
 
     Returns:
         The manifest.
 
     Raises:
-        DamagedError: on all ranks, naming the first file that is missing, cut short or changed.
+        DamagedError: on all ranks, naming the first file that is missing, truncated or changed.
     """
 
     def check() -> Manifest:
         found = read_manifest(path)
         files = found.files
         names = sorted(name for name in files if only(name))[runtime.rank() :: runtime.world_size()]
-        with ThreadPoolExecutor(4) as threads:  # hashing releases the interpreter lock
+        with ThreadPoolExecutor(4) as threads:  # hashing releases the GIL
             list(threads.map(lambda name: _check_file(path, name, files[name]), names))
         return found
 
@@ -189,21 +190,21 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> Manif
 
 @contextmanager
 def verified_beside(path: Path, files: Mapping[str, Written]) -> Iterator[None]:
-    """Check the files of a checkpoint while the block reads them: from the disk, they are read once.
+    """Check the files of a checkpoint while the block reads them, so that they are read from disk only once.
 
-    Their lengths are checked before the block begins, their bytes by the end of it. The caller discards what the block
-    made if this raises.
+    Lengths are checked before the block runs, contents by its end. If this raises, the caller must discard the block's
+    results.
 
     Args:
         path: the checkpoint.
-        files: which of its files, by name.
+        files: which of its files to check, by name.
 
     Raises:
         DamagedError: as `verify`.
     """
     for name, written in files.items():
         _check_file(path, name, written, bytes_too=False)
-    thread = ThreadPoolExecutor(1)  # in order, as the files are read
+    thread = ThreadPoolExecutor(1)  # in the order in which the block reads them
     checks = [thread.submit(_check_file, path, name, written) for name, written in files.items()]
     try:
         yield
@@ -230,10 +231,10 @@ def _check_file(path: Path, name: str, expected: Written, bytes_too: bool = True
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What the manifest of a checkpoint says; its files are not looked at.
+    """Read the manifest of a checkpoint, without checking its files.
 
     Raises:
-        DamagedError: the manifest is missing or malformed.
+        DamagedError: if the manifest is missing or malformed.
     """
     file = path / MANIFEST
     try:
@@ -266,7 +267,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a file can be named so: JSON may hold half a surrogate pair."""
+    """Return whether a file can have this name: JSON may contain an unpaired surrogate."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -280,7 +281,7 @@ def _written(entry: Json) -> Written:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file is there in its full length; a cheap look, without reading them."""
+    """Return whether all files exist with their full length, without reading them."""
     try:
         files = read_manifest(path).files
         return all((path / name).stat().st_size == written.bytes for name, written in files.items())
@@ -289,7 +290,7 @@ def is_whole(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder or link; first under a temporary name, so that a kill leaves no half checkpoint."""
+    """Delete a folder or link. Folders are renamed first, so that a kill leaves no partial checkpoint."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return

@@ -1,10 +1,10 @@
-"""Reading checkpoints: what one says about itself, and its tensors, loaded on any mesh and number of processes.
+"""Reads checkpoints: their metadata, and their tensors, loaded on any mesh and number of processes.
 
-All ranks call these functions together. Of a folder with checkpoints, the newest intact one is read: a damaged one is
-named in the log, and an older one is used. A path to one checkpoint means that one; if it is damaged, that is an error.
+All ranks must call these functions. Given a folder of checkpoints, the newest intact one is read: damaged ones are
+logged, and an older one is used. A path to a single checkpoint means that one; if it is damaged, that is an error.
 
-A run that trains adapters saves them alone; its checkpoints name their base, the checkpoint that the frozen weights
-came from, with a fingerprint of it.
+A run that trains adapters saves only those. Its checkpoints name their base, the checkpoint that the frozen weights
+came from, with its fingerprint.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ log = logging.getLogger(__name__)
 
 Files = dict[str, Written]
 
-HUGGING_FACE = "hf:"  # before a folder or hub id of Hugging Face's, where a checkpoint of ours may stand too
-_SAMPLE_BYTES, _SAMPLES = 2**12, 64  # read of a file to tell it from another of its size
+HUGGING_FACE = "hf:"  # prefix of a Hugging Face folder or hub id, where an llmfoundry checkpoint is also accepted
+_SAMPLE_BYTES, _SAMPLES = 2**12, 64  # read from a file to distinguish it from others of the same size
 
 
 class Base(NamedTuple):
     """The checkpoint that the frozen weights of an adapter run came from.
 
     Attributes:
-        path: a checkpoint folder of ours, or `hf:` and a folder or hub id.
-        fingerprint: of its weights' files.
+        path: an llmfoundry checkpoint folder, or `hf:` and a folder or hub id.
+        fingerprint: of its weight files.
     """
 
     path: str
@@ -70,18 +70,20 @@ class Base(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a checkpoint says about itself, tensors aside.
+    """The metadata of a checkpoint.
 
     Attributes:
-        path: its folder on this machine; never a link that may move.
+        path: its folder on this machine; never a link, which could move.
         place: its folder, or its URL in a store.
-        trainer: what the trainer put in, and `step`.
+        step: the step of the checkpoint.
+        config: the config of the run that wrote it.
+        trainer: the trainer's own state, and `step`.
         tokenizer: a folder for `from_pretrained`.
-        base: where the weights are that this checkpoint does not hold; None: it holds all.
-        files: by name, as its manifest lists them.
-        finite: whether every value was looked at when it was written.
+        base: where the weights are that this checkpoint does not contain; None: it contains all.
+        files: by name, as in its manifest.
+        finite: whether all values were checked to be finite when it was written.
         entries: its tensors by name.
-        verified: which of its files were compared with the manifest.
+        verified: which of its files were verified against the manifest.
     """
 
     path: Path
@@ -98,22 +100,22 @@ class Contents(NamedTuple):
 
 
 def read(path: str | Path, need: Need = "model") -> Contents:
-    """Read what a checkpoint says about itself.
+    """Read the metadata of a checkpoint.
 
     Args:
-        path: a checkpoint, a folder with checkpoints or a run's `save_folder` (the newest that is intact); or its URL.
-        need: the files that have to be intact.
+        path: a checkpoint, a folder of checkpoints or a run's `save_folder` (the newest intact one is used); or a URL.
+        need: the files that must be intact.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: if there is none, or it is damaged.
     """
     return newest_usable(lambda: candidates(path), lambda each: read_one(each, need), need, str(path))
 
 
 def read_one(found: Found, need: Need) -> Contents:
-    """`read` of one checkpoint; raises DamagedError, on all ranks."""
+    """`read` for a single checkpoint; raises DamagedError on all ranks."""
     path = found.path
-    manifest = verify(path, lambda name: is_needed(name, need))  # before their headers are believed
+    manifest = verify(path, lambda name: is_needed(name, need))  # before their headers are trusted
     files = manifest.files
     try:
         config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
@@ -134,25 +136,24 @@ def read_one(found: Found, need: Need) -> Contents:
 def load_model_only(
     source: str | Path | Contents, model: nn.Module, *, base_path: str | None = None, adapters_only: bool = False
 ) -> None:
-    """Load a checkpoint's weights and buffers into `model`, converted to the dtypes that it has.
+    """Load a checkpoint's weights and buffers into `model`, converted to its dtypes.
 
-    Adapters stay as they are where the checkpoint has none: so they begin on a base model.
+    Adapters are left unchanged if the checkpoint has none, so that they can start from a base model. An embedding or
+    head may have more rows than the checkpoint's: the new ones are the mean of the others.
 
     Args:
-        source: a path as in `read`, or what `read` returned.
-        model: materialised, on any device and mesh.
-        base_path: where the base is now, if it has moved.
-        adapters_only: leave all other weights as they are.
+        source: a path as in `read`, or the result of `read`.
+        model: materialized, on any device and mesh.
+        base_path: the current location of the base, if it has moved.
+        adapters_only: leave all other weights unchanged.
 
     Raises:
-        CheckpointError: it is damaged, or of another model, which has not changed then; or its base cannot be used.
-
-    An embedding or a head may have more rows here: the new ones are the mean of the others.
+        CheckpointError: if it is damaged, or of another model (which is then unchanged); or if its base is unusable.
     """
     contents = source if isinstance(source, Contents) else read(source)
     entries = contents.entries
     tensors = model_tensors(model)
-    whole = {f"model/{name}": frozen.whole_shape for name, frozen in frozen_weights(model)}  # in NF4
+    whole = {f"model/{name}": frozen.whole_shape for name, frozen in frozen_weights(model)}  # kept in NF4
     if adapters_only:
         tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
         entries = {name: entry for name, entry in entries.items() if is_adapter(name)}
@@ -161,7 +162,7 @@ def load_model_only(
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries}
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries or not is_adapter(name)}
-        # Their values are read below, after all shapes are found to fit.
+        # Their values are read below, after all shapes have been checked.
         tensors |= {name: torch.empty(shape, device="meta") for name, shape in whole.items()}
     longer = {name for name, tensor in tensors.items() if name in entries and _is_grown(name, tensor, entries[name])}
     try:
@@ -195,20 +196,20 @@ class SavedModel:
         self.specs: Mapping[str, Spec] = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
     def parts(self, name: str) -> Iterator[Stored]:
-        """The boxes that ranks have saved of a tensor."""
+        """Yield the boxes of a tensor that ranks saved."""
         entry = self._entries[name]
         for chunk in entry.chunks:
             yield self._reader.stored(f"model/{name}", chunk)
 
 
 def _is_grown(name: str, tensor: Tensor, entry: Entry) -> bool:
-    """Whether a model's embedding or head has more rows than the saved one."""
+    """Return whether a model's embedding or head has more rows than the saved one."""
     rows, *rest = tensor.shape
     return name.removeprefix("model/") in VOCABULARY and rows > entry.shape[0] and tuple(rest) == entry.shape[1:]
 
 
 def _entries(path: Path, files: Files) -> dict[str, Entry]:
-    """The tensors of a checkpoint by name; raises DamagedError."""
+    """Return the tensors of a checkpoint by name; raises DamagedError."""
     try:
         entries = read_index(path)
     except (OSError, ValueError) as error:
@@ -221,10 +222,10 @@ def _entries(path: Path, files: Files) -> dict[str, Entry]:
 
 
 def _check_values(path: Path, manifest: Manifest, entries: dict[str, Entry], need: Need) -> None:
-    """Check that tensors lie where the index says, and are finite if nobody has looked yet; ranks share the files.
+    """Check that files match the index, and values are finite unless checked on writing; ranks share the files.
 
     Raises:
-        DamagedError: on all ranks, naming the file, and the tensor that is not finite.
+        DamagedError: on all ranks, naming the file, and the non-finite tensor.
     """
 
     def check() -> None:
@@ -246,7 +247,7 @@ def check_finite(file: Path) -> None:
 
 
 def read_tensors(path: Path, entries: dict[str, Entry], tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place; all ranks together, each its parts."""
+    """Fill `tensors` in place; all ranks call this, each for its parts."""
     try:
         runtime.agreed(lambda: TensorReader(path, entries).read_into(tensors))
     except (OSError, RuntimeError, ConfigError) as error:
@@ -255,29 +256,30 @@ def read_tensors(path: Path, entries: dict[str, Entry], tensors: dict[str, Tenso
 
 
 def base_of(source: Contents | str) -> Base:
-    """The base of a run that trains adapters on these weights.
+    """Return the base of a run that trains adapters on these weights.
 
     Args:
-        source: a checkpoint of ours, or a folder or hub id of Hugging Face's.
+        source: an llmfoundry checkpoint, or a Hugging Face folder or hub id.
     """
     if isinstance(source, str):
         path = str(Path(source).absolute()) if Path(source).exists() else source
         return Base(f"{HUGGING_FACE}{path}", runtime.on_rank0(lambda: _fingerprint(f"{HUGGING_FACE}{path}")))
-    if source.base is not None:  # adapters of adapters: the frozen weights are those of the first
+    if source.base is not None:  # adapters on adapters: the frozen weights are those of the first base
         return source.base
     path = source.place if is_url(source.place) else str(source.path.absolute())
     return Base(path, runtime.on_rank0(lambda: _fingerprint(path)))
 
 
 def find_base(base: Base, owner: Path, *moved: str | None) -> str:
-    """Where the base of a checkpoint is.
+    """Return the current location of a checkpoint's base.
 
     Args:
+        base: its path and fingerprint.
         owner: the checkpoint.
-        moved: other places to look at; the fingerprint decides.
+        moved: further places to look at; the fingerprint decides.
 
     Raises:
-        CheckpointError: it is nowhere, or has changed.
+        CheckpointError: if it cannot be found, or has changed.
     """
 
     def look() -> str:
@@ -296,7 +298,7 @@ def find_base(base: Base, owner: Path, *moved: str | None) -> str:
 
 
 def load_base(path: str, model: nn.Module) -> None:
-    """Load the weights of a base, adapters aside, into a model."""
+    """Load the weights of a base, without adapters, into a model."""
     if is_theirs(path):
         assert isinstance(model, CausalLM)
         hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=["model"])  # compared when the run began
@@ -305,7 +307,7 @@ def load_base(path: str, model: nn.Module) -> None:
 
 
 def _places(path: str) -> list[str]:
-    """The checkpoints that a base's path may mean; none if it leads nowhere."""
+    """Return the checkpoints that a base's path may refer to; empty if there are none."""
     try:
         if not is_theirs(path):
             found = candidates(path)
@@ -317,10 +319,10 @@ def _places(path: str) -> list[str]:
 
 
 def _fingerprint(path: str) -> str:
-    """A hash of the files of weights, without reading all of them.
+    """Return a hash of the weight files, without reading all of them.
 
-    A checkpoint of ours has the hashes of its files. Of Hugging Face's files, sizes and evenly spaced samples are
-    hashed, which tells any two trainings apart.
+    An llmfoundry checkpoint lists the hashes of its files. For Hugging Face files, sizes and evenly spaced samples are
+    hashed, which distinguishes any two training runs.
     """
     if not is_theirs(path):
         (candidate,) = candidates(path)
@@ -350,7 +352,7 @@ def _sha256(text: str) -> str:
 
 
 def _trainer(path: Path, listed: int) -> dict[str, Json]:
-    """What a trainer put in, with steps and counts that may be true; `listed` is the step that the manifest gives."""
+    """Return the trainer's state, after a plausibility check of its counts; `listed` is the step in the manifest."""
     try:
         trainer = read_mapping(path / TRAINER, follow=False)
         step, state = whole_number(trainer.get("step")), trainer.get("state")

@@ -1,8 +1,8 @@
-"""Copies in host memory of what an asynchronous save writes, made while the next step runs.
+"""Host-memory copies for asynchronous saves, made while the next step runs.
 
-Between a save and the next `optimizer.step()`, forward and backward read parameters and the optimizer's state, and
-change neither. So they are copied meanwhile, and only the update waits: on a CPU for the thread that writes, on a GPU
-the device for a stream of its own. What a forward may change (buffers) is copied at once.
+Between a save and the next `optimizer.step()`, forward and backward read parameters and the optimizer's state, but do
+not change them. So they are copied meanwhile, and only the update waits: on a CPU for the writer thread, on a GPU the
+device waits for a separate stream. What a forward may change (buffers) is copied immediately.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from llmfoundry.checkpoint.storage import Part
 
 
 class Stage:
-    """The copies of one save at a time, in the same memory each time."""
+    """The copies of one save at a time, in memory that is reused."""
 
     def __init__(self) -> None:
-        self.waited = 0.0  # seconds that updates have waited for copies; whoever reads it sets it to 0
+        self.waited = 0.0  # seconds that updates waited for copies; the reader resets it to 0
         self._memory: dict[str, torch.Tensor] = {}
         self._left: list[Part] = []  # to be copied by `finish`
-        self._copied = threading.Event()  # what was left in host memory is copied
+        self._copied = threading.Event()  # set when the tensors in host memory are copied
         self._copied.set()
         self._stream: torch.cuda.Stream | None = None
-        self._on_device: torch.cuda.Event | None = None  # what lies on the GPU is copied
+        self._on_device: torch.cuda.Event | None = None  # recorded when the tensors on the GPU are copied
         self._hooked: WeakSet[Optimizer] = WeakSet()
 
     def make_room(self, parts: Sequence[Part]) -> None:
-        """Allocate, which costs several times what copying does: a page fault each 4 KiB, or pinning."""
+        """Allocate memory, which costs several times what copying does: a page fault per 4 KiB, or pinning."""
         if torch.cuda.is_available():
-            torch.cuda.set_device(runtime.device())  # of this thread
+            torch.cuda.set_device(runtime.device())  # for this thread
         for part in parts:
             room = self._memory.get(part.name)
             if room is None or room.dtype != part.dtype:  # a weight gets its low half with its first gradient
@@ -44,10 +44,12 @@ class Stage:
                 self._memory[part.name] = room.zero_()
 
     def begin(self, parts: Sequence[Part], optimizer: Optimizer | None, updated: AbstractSet[str]) -> None:
-        """Begin to copy. In a thread, `finish` has to follow, whatever happens: the next update waits for it.
+        """Start to copy. Afterwards, a thread must call `finish`, even on errors, because the next update waits for it.
 
         Args:
-            updated: the names of what changes in `optimizer.step()` alone.
+            parts: what to copy.
+            optimizer: its `step` waits for the copies.
+            updated: the names of tensors that only `optimizer.step()` changes.
         """
         if optimizer is None:
             updated = frozenset()
@@ -70,7 +72,7 @@ class Stage:
         self._copied.clear()
 
     def finish(self, parts: Sequence[Part]) -> list[Part]:
-        """Copy what is left; returns the parts that `begin` was given, as they were then."""
+        """Copy what is left, and return the parts passed to `begin`, as they were then."""
         try:
             self._copy(self._left)
         finally:
@@ -81,7 +83,7 @@ class Stage:
         return [part._replace(tensor=self._memory[part.name], low=None) for part in parts]
 
     def wait(self) -> None:
-        """Keep back what changes tensors until they are copied: the host on a CPU, the device on a GPU."""
+        """Delay changes to tensors until they are copied: blocks the host on a CPU, the device on a GPU."""
         start = time.perf_counter()
         if self._on_device is not None:
             torch.cuda.current_stream().wait_event(self._on_device)

@@ -1,12 +1,13 @@
-"""Tensors on disk: safetensors files, one per group of tensors and rank, and an index of them.
+"""Tensors on disk: safetensors files, one per group of tensors and rank, and an index.
 
 - `GROUP-RANK.safetensors`: what rank RANK wrote of the tensors named `GROUP/...` (`model`, `optimizer`, `rng`), under
-  the rest of their names. `safetensors.torch.load_file` loads a checkpoint of one process; one of many processes is
-  loaded by any reader that knows DCP's sharding entry, e.g. `torch.distributed.checkpoint.HuggingFaceStorageReader`.
+  the rest of their names. `safetensors.torch.load_file` loads a checkpoint of one process; one of many processes can be
+  loaded by any reader of DCP's sharding metadata, e.g. `torch.distributed.checkpoint.HuggingFaceStorageReader`.
 - `tensors.json`: which rank wrote which part of which tensor (index.py).
 
-Nobody plans for all: each rank knows from the placement of its tensors what it writes, and of parameters that several
-ranks hold alike, one writes (`plan_save`). To load, it reads the headers of those files that have a part of its own.
+There is no global planning: each rank derives what it writes from the placement of its tensors, and of parameters that
+several ranks replicate, one rank writes (`plan_save`). To load, a rank reads only the headers of files that contain
+parts of its own.
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ class Part(NamedTuple):
     """What this rank writes of a tensor."""
 
     name: str
-    offsets: tuple[int, ...]  # in the whole
+    offsets: tuple[int, ...]  # in the full tensor
     tensor: Tensor
-    low: Tensor | None = None  # the low half of a float32 weight, whose high half `tensor` is
+    low: Tensor | None = None  # the low half of a float32 weight whose high half is `tensor`
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is written."""
+        """The dtype on disk."""
         return self.tensor.dtype if self.low is None else torch.float32
 
     def copy_to(self, memory: Tensor) -> None:
-        """Copy it into memory of its shape and `dtype`; for pinned memory, the host does not wait."""
+        """Copy it to memory of its shape and `dtype`; with pinned memory, the host does not wait."""
         if self.low is None:
             memory.copy_(self.tensor, non_blocking=True)
         else:
             join_into(memory, Halves(self.tensor, self.low))
 
     def on_host(self) -> Tensor:
-        """What is written, contiguous in host memory; no copy, where it lies there so."""
+        """Return what is written, contiguous in host memory; not a copy if it already is."""
         if self.low is None:
             return self.tensor.detach().cpu().contiguous()
         memory = torch.empty(self.tensor.shape, dtype=self.dtype)
@@ -74,10 +75,10 @@ class Part(NamedTuple):
 
 
 class SavePlan(NamedTuple):
-    """A save as one rank sees it.
+    """A save from the point of view of one rank.
 
     Attributes:
-        tensors: all, the same on every rank.
+        tensors: all tensors, the same on every rank.
         boxes: what this rank writes, by layout; None: nothing.
         parts: the same, by tensor.
     """
@@ -91,23 +92,23 @@ class _Held(NamedTuple):
     """What a rank holds of the tensors of one shape and placement."""
 
     offsets: tuple[int, ...]
-    copies: int  # ranks that hold the same
-    number: int  # of this rank, among them
+    copies: int  # number of ranks that hold the same
+    number: int  # index of this rank among them
 
 
-RNG = "rng/"  # a tensor of which each rank has a row
+RNG = "rng/"  # prefix of tensors of which each rank has a row
 
 
 def plan_save(tensors: Mapping[str, Tensor | Halves]) -> SavePlan:
-    """Decide what this rank writes; every rank calls it with the same names, and none asks another.
+    """Decide what this rank writes, without communication; every rank must call this with the same names.
 
-    Of a tensor that several ranks hold alike, one writes: they take turns, by bytes. What is no DTensor is alike on all
-    ranks, and rank 0 writes it; but of `rng/...`, each rank has its own.
+    Tensors that several ranks replicate are written by one of them, balanced by bytes. A tensor that is not a DTensor
+    is the same on all ranks, and rank 0 writes it; except `rng/...`, of which each rank has its own.
     """
     plan = SavePlan({}, [], [])
     numbers: dict[object, int] = {}
     held: dict[object, _Held] = {}
-    given: dict[int, list[int]] = {}  # bytes that each of so many copies writes
+    given: dict[int, list[int]] = {}  # bytes written so far by each replica, by number of replicas
     for name, kept in tensors.items():
         tensor, low = kept if isinstance(kept, Halves) else (kept, None)
         key: object
@@ -147,13 +148,13 @@ def _held(tensor: DTensor) -> _Held:
 
 
 class _Wrote(NamedTuple):
-    """What a rank tells rank 0 of its part in a save."""
+    """What a rank reports to rank 0 about its part of a save."""
 
     boxes: list[Box | None]
     files: dict[str, Written]
-    failure: str  # empty: none
-    not_finite: str  # the tensor, if that is the failure
-    tensors: str  # a hash of what it takes the tensors to be
+    failure: str  # empty if there was none
+    not_finite: str  # name of the tensor, if that is the failure
+    tensors: str  # hash of the tensors that this rank expects
 
 
 def save_parts(
@@ -163,18 +164,21 @@ def save_parts(
     shared: bool,
     ranks: Tree | None,
 ) -> Path:
-    """Write a save's tensors, all ranks together, each its part.
+    """Write a save's tensors; all ranks call this, each writes its part.
 
     Args:
-        open_folder: makes the folder and returns it; called on rank 0 before any rank writes.
-        commit: called on rank 0 when every rank has written, with all files; returns where they are now.
-        shared: whether all ranks see the folder that rank 0 has made; else each makes its own.
+        plan: from `plan_save`.
+        open_folder: creates the folder and returns it; called on rank 0 before any rank writes.
+        commit: called on rank 0 after every rank has written, with all files; returns their final folder.
+        shared: whether all ranks see rank 0's folder; otherwise each creates its own.
+        ranks: the group for communication; None for a single process.
 
     Returns:
         What `commit` returned.
 
     Raises:
-        SaveError: on all ranks, with the first rank's reason. An interrupt goes on as what it is, when all have ended.
+        SaveError: on all ranks, with the first failing rank's reason. An interrupt is raised as itself, after all ranks
+            are done.
         NotFiniteError: on all ranks, with the name of a tensor.
     """
     folder = _on_rank0(open_folder, ranks)
@@ -184,7 +188,7 @@ def save_parts(
         if not shared:
             folder.mkdir(parents=True, exist_ok=True)
         files = write_parts(folder, plan.parts)
-    except BaseException as error:  # the other ranks wait for what this one says
+    except BaseException as error:  # the other ranks wait for this rank's report
         failure = error
     alike = hashlib.sha256(repr(plan.tensors).encode()).hexdigest()
     name = str(failure) if isinstance(failure, NotFiniteError) else ""
@@ -238,7 +242,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def write_parts(folder: Path, parts: Sequence[Part]) -> dict[str, Written]:
-    """Write what this rank has of a save: a file for each group of tensors."""
+    """Write this rank's parts of a save, one file per group of tensors."""
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(part.name.partition("/")[0], []).append(part)
@@ -252,8 +256,8 @@ def write_parts(folder: Path, parts: Sequence[Part]) -> dict[str, Written]:
 
 
 def _write_file(path: Path, parts: list[Part]) -> Written:
-    """Write one safetensors file, one tensor at a time, so that no rank holds a second copy of its part."""
-    # Widest elements first, as safetensors itself orders them: everything then lies aligned.
+    """Write one safetensors file, one tensor at a time, so that no rank holds a second copy of its parts."""
+    # Widest dtypes first, as in the safetensors library, so that everything is aligned.
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     digest = hashlib.sha256()
     n_bytes = 0
@@ -269,7 +273,7 @@ def _write_file(path: Path, parts: list[Part]) -> Written:
         put(_header(parts))
         for part in parts:
             on_host = part.on_host()
-            if not is_finite(on_host):  # here, where it costs no training step any time
+            if not is_finite(on_host):  # checked here, where it does not slow down training
                 raise NotFiniteError(part.name)
             put(on_host.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
@@ -278,7 +282,7 @@ def _write_file(path: Path, parts: list[Part]) -> Written:
 
 
 def _header(parts: list[Part]) -> bytes:
-    """The head of a safetensors file that holds `parts`, in this order."""
+    """Return the header of a safetensors file that holds `parts` in this order."""
     tensors: dict[str, dict[str, object]] = {}
     sharding: dict[str, dict[str, list[int]]] = {}
     position = 0
@@ -299,7 +303,7 @@ def _header(parts: list[Part]) -> bytes:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. A sum that is shows it, several times as fast as a look at each."""
+    """Return whether all values are finite. A finite sum proves it, several times faster than checking each value."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -307,7 +311,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 class Wanted(NamedTuple):
-    """A part of a chunk, and where it goes."""
+    """A part of a chunk, and where to copy it."""
 
     chunk: Chunk
     name: str
@@ -316,10 +320,10 @@ class Wanted(NamedTuple):
 
 
 class TensorReader:
-    """Reads boxes of a checkpoint's tensors; of files that have none of them, not even the header.
+    """Reads boxes of a checkpoint's tensors. Files that contain none of them are not opened.
 
     Args:
-        folder: the checkpoint; its files are verified before.
+        folder: the checkpoint; its files must have been verified.
         entries: `read_index(folder)`.
     """
 
@@ -329,10 +333,10 @@ class TensorReader:
         self._headers: dict[str, dict[str, Stored]] = {}
 
     def stored(self, name: str, chunk: Chunk) -> Stored:
-        """A chunk of a tensor in its file.
+        """Return the position of a tensor's chunk in its file.
 
         Raises:
-            DamagedError: the file's header is malformed, or says otherwise than the index.
+            DamagedError: if the file's header is malformed, or contradicts the index.
         """
         if chunk.file not in self._headers:
             try:
@@ -348,7 +352,7 @@ class TensorReader:
         """Fill this rank's parts of tensors, in place.
 
         Raises:
-            ConfigError: as `stored`, or a file has become shorter.
+            ConfigError: as `stored`, or if a file has become shorter.
         """
         for file, boxes in sorted(self.wanted(tensors).items()):
             with open(self._folder / file, "rb", buffering=0) as handle:
@@ -357,9 +361,9 @@ class TensorReader:
                     each.target.copy_(_read_box(handle.fileno(), stored, each.offsets, tuple(each.target.shape)))
 
     def wanted(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Wanted]]:
-        """What is to be read for this rank's parts of tensors, by file."""
+        """Return what to read for this rank's parts of tensors, by file."""
         by_file: dict[str, list[Wanted]] = {}
-        parts: dict[object, list[Chunk]] = {}  # which chunks a part meets is the same for all tensors laid out alike
+        parts: dict[object, list[Chunk]] = {}  # the overlapping chunks, shared by tensors with the same layout
         for name, tensor in tensors.items():
             local, _, offsets = local_shard(tensor)
             if name.startswith(RNG) and len(self._entries[name].shape) > local.dim():
@@ -373,7 +377,7 @@ class TensorReader:
         return by_file
 
     def check_headers(self, files: Sequence[str]) -> None:
-        """Check that some files hold what the index says of them.
+        """Check that files contain what the index says.
 
         Raises:
             DamagedError: as `stored`.
@@ -403,7 +407,7 @@ def _wanted(name: str, chunk: Chunk, local: Tensor, offsets: tuple[int, ...]) ->
 
 
 def _read_box(handle: int, stored: Stored, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
-    """A part of a stored box; of the first dimension, no other rows are read."""
+    """Read a part of a stored box; of the first dim, only the required rows are read."""
     dtype, shape = stored.spec
     first, rows = (offsets[0], lengths[0]) if shape else (0, 1)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize

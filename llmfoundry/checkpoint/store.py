@@ -1,12 +1,12 @@
-"""A run's folder in a store (`save_folder: s3://bucket/runs/moe`): what is written here goes there, beside training.
+"""A run's folder in a store (`save_folder: s3://bucket/runs/moe`), to which local files are uploaded during training.
 
     s3://bucket/runs/moe/
-      config.yaml, metrics.jsonl, ...    as in a folder of this machine; uploaded with each checkpoint and at the end
-      checkpoints/step-1200/...          every file, then MANIFEST.json: a folder without it is no checkpoint
+      config.yaml, metrics.jsonl, ...    as in a local folder; uploaded with each checkpoint and at the end
+      checkpoints/step-1200/...          every file, then MANIFEST.json: a folder without it is not a checkpoint
 
-The store is the truth. A checkpoint is written here first, uploaded by all ranks, each its part, and deleted here when
-it is complete there. One that cannot be uploaded stays here until a newer one is written, or until the run goes on.
-One run writes to a store at a time.
+The store is the source of truth. A checkpoint is first written locally, then uploaded by all ranks, each its part, and
+deleted locally once it is complete in the store. One that cannot be uploaded stays here until a newer one is written,
+or until the run continues. Only one run writes to a store at a time.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from llmfoundry.data.remote import RemoteFile, delete, fetch, listing, put
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-# Of a run's folder, what is not for the store: the lock, files that are being written, what W&B uploads by itself.
+# Local files that are not uploaded: the lock, files being written, and what W&B uploads itself.
 _HERE_ALONE = (".lock", "owner.json", ".probe-", "wandb/", f"{CHECKPOINTS}/")
-STORE_ERRORS = (ConfigError, ResourceError, OSError)  # what a store may fail with
+STORE_ERRORS = (ConfigError, ResourceError, OSError)  # the exceptions of a failing store
 
 
 class RunStore:
-    """A run's folder in a store. Rank 0 has it to itself, but for `upload`.
+    """A run's folder in a store. Only rank 0 uses it, except for `upload`.
 
     Args:
         url: the `save_folder`.
-        folder: the run's folder on this machine.
-        keep: newest checkpoints to keep in the store; -1 keeps all.
+        folder: the run's local folder.
+        keep: number of newest checkpoints to keep in the store; -1 keeps all.
     """
 
     def __init__(self, url: str, folder: Path, keep: int = -1) -> None:
         self.url = url.rstrip("/")
         self.folder = folder
         self.keep = keep
-        self._kept: dict[str, Kept] = {}  # of complete checkpoints in the store, as far as it was asked
-        self._uploaded: dict[str, tuple[int, int]] = {}  # time and size of files that the store has
+        self._kept: dict[str, Kept] = {}  # of the store's complete checkpoints, as far as known
+        self._uploaded: dict[str, tuple[int, int]] = {}  # mtime and size of files that the store has
 
     def files(self) -> dict[str, RemoteFile]:
-        """All that the store has of the run, by name."""
+        """Return all files of the run in the store, by name."""
         return listing(self.url)
 
     def checkpoints(self) -> list[Candidate]:
-        """Its complete checkpoints, newest first."""
+        """Return its complete checkpoints, newest first."""
         url = f"{self.url}/{CHECKPOINTS}"
         return in_store(url, listing(url))
 
     def place_of(self, name: str) -> str:
-        """The URL of a checkpoint."""
+        """Return the URL of a checkpoint."""
         return f"{self.url}/{CHECKPOINTS}/{name}"
 
     def free_name(self, step: int) -> str:
-        """A name for a checkpoint that no complete one has; half an upload under it is deleted."""
+        """Return a name that no complete checkpoint has; an incomplete upload under it is deleted."""
         found = listing(f"{self.url}/{CHECKPOINTS}")
         name, again = f"step-{step}", 0
         while f"{name}/{MANIFEST}" in found:
@@ -73,18 +73,18 @@ class RunStore:
         return name
 
     def upload(self, folder: Path, name: str, files: Iterable[str]) -> None:
-        """Upload some files of a checkpoint; any rank.
+        """Upload some files of a checkpoint; may be called on any rank.
 
         Args:
-            folder: the checkpoint here.
+            folder: the local checkpoint.
             name: its name in the store.
-            files: their names; not the manifest.
+            files: their names, without the manifest.
         """
         for file in files:
             put(folder / file, f"{self.place_of(name)}/{file}")
 
     def complete(self, folder: Path, name: str) -> None:
-        """Upload the files of the run, then the manifest of a checkpoint whose other files are there; then tidy."""
+        """Upload the run's files, then the manifest of a checkpoint whose other files are in the store; then tidy."""
         self.push()
         put(folder / MANIFEST, f"{self.place_of(name)}/{MANIFEST}")
         for duty in (lambda: self._prune(name, folder), self.sweep):
@@ -94,7 +94,7 @@ class RunStore:
                 log.warning("while tidying %s: %s", self.url, error)
 
     def sweep(self) -> None:
-        """Delete what uploads have left that were killed or failed."""
+        """Delete the remains of killed or failed uploads."""
         found = listing(f"{self.url}/{CHECKPOINTS}")
         folders = {name.partition("/")[0] for name in found if "/" in name}
         for name in folders:
@@ -102,12 +102,12 @@ class RunStore:
                 delete(self.place_of(name))
 
     def push(self) -> None:
-        """Upload those files of the run that have changed, checkpoints aside."""
+        """Upload the run's files that have changed, except checkpoints."""
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if name.startswith(_HERE_ALONE) or ".tmp" in path.name or not path.is_file():
                 continue
-            with tempfile.TemporaryDirectory() as copies:  # the run goes on writing to it, or deletes it
+            with tempfile.TemporaryDirectory() as copies:  # the run may be writing to it, or may delete it
                 try:
                     status = path.stat()
                     stamp = (status.st_mtime_ns, status.st_size)
@@ -120,7 +120,7 @@ class RunStore:
             self._uploaded[name] = stamp
 
     def pull(self) -> None:
-        """Make the files of the run here those of the store, checkpoints aside."""
+        """Replace the run's local files by those in the store, except checkpoints."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name not in (".lock", CHECKPOINTS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -135,7 +135,7 @@ class RunStore:
             self._uploaded[name] = (status.st_mtime_ns, status.st_size)
 
     def _prune(self, newest: str, folder: Path) -> None:
-        """Delete what is not to be kept: the manifest first, so that no half checkpoint is taken for one."""
+        """Delete checkpoints that are not kept, the manifest first, so that partly deleted ones are not complete."""
         if self.keep == -1:
             return
         found = {each.place.rpartition("/")[2]: each for each in self.checkpoints()}

@@ -1,10 +1,10 @@
-"""The tensors of a run by name, as a checkpoint holds them: `GROUP/NAME`.
+"""Names the tensors of a run in a checkpoint: `GROUP/NAME`.
 
     model/blocks.0.ffn.experts.w1               parameters and persistent buffers
     optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's state of a parameter
-    rng/cpu                                     the random states, a row of each rank
+    rng/cpu                                     random states, one row per rank
 
-Names do not depend on the mesh: sharding, compile and recompute keep them.
+Names do not depend on the mesh: sharding, compilation and recomputation keep them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmfoundry.kernels.halves import LOW_HALF, Halves, low_half_of, split_into
 
 
 class EmptyState(NamedTuple):
-    """An empty tensor for one entry of an optimizer's state, not yet part of it."""
+    """An empty tensor for one entry of the optimizer's state, not yet part of it."""
 
     parameter: nn.Parameter
     key: str
@@ -33,17 +33,18 @@ class EmptyState(NamedTuple):
 
 
 def model_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; the very memory of the model, not copies.
+    """Return parameters and persistent buffers; not copies.
 
     Args:
-        frozen: whether to include what is not trained; without it, buffers are left out too.
+        model: the model, sharded or not.
+        frozen: whether to include what is not trained; if False, buffers are left out too.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {f"model/{name}": tensor for name, tensor in model.state_dict().items() if frozen or name in trained}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """The optimizer's state of each parameter; empty before its first step."""
+    """Return the optimizer's state of each parameter; empty before its first step."""
     if optimizer is None:
         return {}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -51,14 +52,14 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()
         for key, value in memory.items()
-        if key != LOW_HALF  # which is a part of the weight
+        if key != LOW_HALF  # it is a part of the weight
     }
 
 
 def join_halves(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer | None
 ) -> dict[str, Tensor | Halves]:
-    """`model_tensors`, with both halves of the weights that an optimizer keeps so: checkpoints have them in float32."""
+    """Return `model_tensors` with both halves of the weights that the optimizer keeps so; checkpoints have float32."""
     found: dict[str, Tensor | Halves] = dict(tensors)
     for name, parameter in model.named_parameters():
         low = low_half_of(parameter, optimizer)
@@ -68,7 +69,7 @@ def join_halves(
 
 
 class Split(NamedTuple):
-    """Memory for a float32 weight that is read, whose halves then go where they are kept."""
+    """Memory to read a float32 weight into, which is then split into halves."""
 
     parameter: nn.Parameter
     room: Tensor
@@ -80,7 +81,7 @@ class Split(NamedTuple):
 
 
 def rooms_to_split(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Split]:
-    """Memory for weights that `optimizer` keeps in halves and a checkpoint has in float32."""
+    """Allocate memory for weights that `optimizer` keeps in halves and the checkpoint has in float32."""
     if not getattr(optimizer, "halves", False):
         return {}
     return {
@@ -93,10 +94,10 @@ def rooms_to_split(entries: Mapping[str, Entry], model: nn.Module, optimizer: Op
 
 
 def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, EmptyState]:
-    """Empty tensors for the optimizer state that a checkpoint holds, sharded as the parameters are.
+    """Allocate tensors for the optimizer state in a checkpoint, sharded like the parameters.
 
     Raises:
-        CheckpointError: it holds state of a parameter that `optimizer` does not train.
+        CheckpointError: if it has state of a parameter that `optimizer` does not train.
     """
     if optimizer is None:
         return {}
@@ -117,10 +118,10 @@ def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optim
         if key != "step" and entry.shape == tuple(parameter.shape):
             room = torch.zeros_like(parameter, dtype=entry.dtype, requires_grad=False)
         elif key != "step" and len(entry.shape) > 1 and entry.shape[:-1] == tuple(parameter.shape[:-1]):
-            local = local_part(parameter)  # one value for several of a row: the scales of 8-bit moments
+            local = local_part(parameter)  # one value for several in a row: the scales of 8-bit moments
             part = torch.zeros(*local.shape[:-1], entry.shape[-1], dtype=entry.dtype, device=local.device)
             room = cut_like(parameter.detach(), part)
-        else:  # torch keeps a step count on the CPU unless a fused or captured kernel reads it
+        else:  # PyTorch keeps a step count on the CPU unless a fused or capturable kernel reads it
             device = parameter.device if steps_on_device[parameter] else torch.device("cpu")
             room = torch.zeros(entry.shape, dtype=entry.dtype, device=device)
         found[name] = EmptyState(parameter, key, room)
@@ -128,7 +129,7 @@ def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optim
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """This rank's random state. Our own code draws from `runtime.generator` and does not need it; a plug-in may."""
+    """Return this rank's random state. llmfoundry draws from `runtime.generator` and does not need it; plug-ins may."""
     states = {f"{RNG}cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states[f"{RNG}cuda"] = torch.cuda.get_rng_state()
@@ -136,7 +137,7 @@ def rng_tensors() -> dict[str, Tensor]:
 
 
 def rng_room(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Empty tensors for this rank's random state; none if the checkpoint is of another number of ranks."""
+    """Allocate tensors for this rank's random state; empty if the checkpoint has a different number of ranks."""
     here = rng_tensors()
     if f"{RNG}cpu" in entries:
         fits = entries[f"{RNG}cpu"].shape == (runtime.world_size(), *here[f"{RNG}cpu"].shape)
@@ -149,21 +150,21 @@ def rng_room(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
 
 
 def set_rng(states: Mapping[str, Tensor]) -> None:
-    """Set the random state that `rng_tensors` had returned."""
+    """Restore the random state that `rng_tensors` returned."""
     for name, state in states.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(state)
 
 
 def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], exact_dtype: bool) -> None:
-    """Check that a checkpoint holds exactly the model's tensors.
+    """Check that a checkpoint contains exactly the model's tensors.
 
     Args:
+        entries: the checkpoint's tensors.
         tensors: `model_tensors` of the model.
-        exact_dtype: whether dtypes must be the same too, but for weights in float32 here and bfloat16 there, or the
-            other way round.
+        exact_dtype: whether dtypes must match too, except that weights may be float32 in one and bfloat16 in the other.
 
     Raises:
-        CheckpointError: naming the first tensor in which they differ.
+        CheckpointError: naming the first tensor that differs.
     """
     for name, tensor in tensors.items():
         short, here = name.removeprefix("model/"), _describe(tuple(tensor.shape), tensor.dtype)

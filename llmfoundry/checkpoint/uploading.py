@@ -1,4 +1,4 @@
-"""A checkpoint's way from the folder of this machine to a store, by all ranks together, each its part of the files."""
+"""Uploads checkpoints from the local folder to a store; all ranks take part, each with its share of the files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llmfoundry.checkpoint.manifest import SaveError, number_of, read_manifest
 from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
 from llmfoundry.tree import Tree
 
-_OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
+_OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # storage.py's names for the files of a rank
 
 
 class Uploader:
-    """Uploads checkpoints of a run's folder.
+    """Uploads checkpoints from a run's folder.
 
     Args:
         folder: where they are complete; if ranks do not share it, each has what it wrote.
-        store: where they go.
-        ranks: all of them, for this alone.
-        check_owner: called before a checkpoint becomes one; raises if the store is another run's by now.
+        store: the destination.
+        ranks: a group of all ranks, used only here.
+        check_owner: called before a checkpoint is completed; raises if another run has taken over the store.
     """
 
     def __init__(
@@ -35,13 +35,14 @@ class Uploader:
         self._check_owner = check_owner
 
     def upload(self, path: Path, step: int) -> str:
-        """Upload a checkpoint, and delete it here; all ranks together.
+        """Upload a checkpoint, and delete it locally; called by all ranks together.
 
         Returns:
             Its URL.
 
         Raises:
-            SaveError: on all ranks; the store has no part of it that counts. It is here if ranks share the folder.
+            SaveError: on all ranks. The store then has no complete checkpoint; the local one remains if ranks share the
+                folder.
         """
         store, ranks, shared = self._store, self._ranks, self._folder.shared
         try:
@@ -63,10 +64,7 @@ class Uploader:
         self._store.complete(path, name)
 
     def left(self) -> Path | None:
-        """The newest checkpoint here if the store has none as new; else those here go, for nobody needs them.
-
-        On rank 0.
-        """
+        """Return the newest local checkpoint if it is newer than the store's; else delete the local ones. On rank 0."""
         newest = self._folder.newest()
         there = max((_number(each.place) for each in self._store.checkpoints()), default=(-1, 0))
         if newest is not None and _number(newest.name) > there:
@@ -75,7 +73,7 @@ class Uploader:
         return None
 
     def _share(self, files: list[str]) -> list[str]:
-        """The files that this rank uploads: where it has a folder of its own, those that it wrote."""
+        """Return the files that this rank uploads: if it has a folder of its own, those that it wrote."""
         rank = runtime.rank()
         if self._folder.shared:
             return files[rank :: runtime.world_size()]

@@ -1,1 +1,1 @@
-"""The commands. `scripts/*.py` are doors to the functions here."""
+"""The commands. `scripts/*.py` call the functions here."""

@@ -1,6 +1,6 @@
-"""`llmfoundry chat --checkpoint DIR`: a conversation in the terminal; with `--web`, in a browser on this machine.
+"""`llmfoundry chat --checkpoint DIR`: a conversation in the terminal or, with `--web`, in a browser on this machine.
 
-Ctrl-C stops an answer, Ctrl-D leaves. Lines that are piped in are answered one after the other.
+Ctrl-C stops an answer, Ctrl-D quits. Piped lines are answered one after the other.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class Talk:
         self._begin(system)
 
     def run(self) -> None:
-        """Answer lines until there is none.
+        """Answer lines until the input ends.
 
         Raises:
-            ConfigError: a piped line cannot be answered; on a terminal that is printed.
+            ConfigError: if a piped line cannot be answered; on a terminal the error is printed instead.
         """
         tty = sys.stdin.isatty()
         if tty:
@@ -106,7 +106,7 @@ class Talk:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def _command(self, name: str, text: str) -> bool:
-        """Run a command; returns whether the conversation goes on."""
+        """Run a command; return whether the conversation continues."""
         if name == "/exit":
             return False
         if name == "/system":
@@ -142,7 +142,7 @@ class Talk:
 
 
 def _lines(tty: bool) -> Iterator[str]:
-    """Lines of standard input; on a terminal, Ctrl-C empties the line."""
+    """Yield lines of standard input; on a terminal, Ctrl-C clears the line."""
     if not tty:
         yield from sys.stdin
         return
@@ -158,7 +158,7 @@ def _lines(tty: bool) -> Iterator[str]:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C does not raise: it makes the function that is given answer true."""
+    """Within the block, Ctrl-C does not raise; the function that the block gets returns True instead."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:

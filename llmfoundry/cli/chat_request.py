@@ -1,4 +1,4 @@
-"""A request to `/v1/chat/completions`: the fields of OpenAI's API that are honoured. Every other one is refused."""
+"""A request to `/v1/chat/completions`: the supported fields of OpenAI's API. Every other field is refused."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """A message; images, calls of tools and names of speakers are refused."""
+    """A message; images, tool calls and speakers' names are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
 
 
 class StreamOptions(_Strict):
-    """What a stream tells besides the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
 
@@ -40,20 +40,20 @@ class ChatRequest(_Strict):
     """The body of a request."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    model: str | None = None  # the one that is served
+    model: str | None = None  # the name of the served model
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # newer name of max_tokens
     seed: int | None = None
     stop: str | list[str] = []
     n: Literal[1] = 1
 
     @property
     def conversation(self) -> list[Message]:
-        """The messages as a chat template takes them."""
+        """The messages in the form that a chat template takes."""
         return [
             {"role": one.role, "content": one.content if isinstance(one.content, str) else "".join(
                 part.text for part in one.content)}
@@ -62,11 +62,11 @@ class ChatRequest(_Strict):
 
     @property
     def endings(self) -> list[str]:
-        """Texts that end the answer."""
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def sampling(self, default: Sampling) -> Sampling:
-        """How to sample; what the request leaves out is as `default` says."""
+        """Return the sampling settings; `default` fills in what the request leaves out."""
         given = {
             "max_new_tokens": self.max_completion_tokens or self.max_tokens, "temperature": self.temperature,
             "top_p": self.top_p, "seed": self.seed,
@@ -75,10 +75,10 @@ class ChatRequest(_Strict):
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """A request from its JSON; fields that are null count as left out.
+    """Parse a request; fields that are null count as left out.
 
     Raises:
-        ConfigError: it is not valid JSON, or a field is wrong or not supported; says which.
+        ConfigError: if the body is not valid JSON, or a field is wrong or not supported; the message names it.
     """
     try:
         data = parse_json(body)

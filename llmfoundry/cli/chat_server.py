@@ -1,7 +1,7 @@
-"""`llmfoundry chat --web`: a page to chat on, and OpenAI's API beside it, for this machine alone.
+"""`llmfoundry chat --web`: a chat page and OpenAI's API, for this machine only.
 
-It listens on the loopback address. A request must name that address as its host, and if a browser says which site it
-comes from, that must be this one: so no other website can use it, also not by a name that resolves to 127.0.0.1.
+The server listens on the loopback address. A request must name that address as its host, and if a browser says which
+site it comes from, it must be this one. So other websites cannot use it, not even by a name that resolves to 127.0.0.1.
 Answers are written one at a time; the page keeps the conversation and is a client of the API.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 2**23  # of a request
+MOST_BYTES = 2**23  # maximum size of a request
 _REASONS = {"stop": "stop", "length": "length", "interrupted": "stop"}
 Json = dict[str, object]
 
@@ -42,13 +42,13 @@ class Server(ThreadingHTTPServer):
     """Serves one model.
 
     Args:
-        how: sampling, where a request does not say it.
-        system: the system message that the page begins with.
-        name: the model's, in the API.
-        port: 0: any free one.
+        how: sampling settings for requests that do not set them.
+        system: the system message with which the page starts.
+        name: the model's name in the API.
+        port: 0: any free port.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: if the port is in use.
     """
 
     daemon_threads = True
@@ -65,12 +65,12 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """The URL of the page."""
         return f"http://{LOOPBACK}:{self.server_port}"
 
 
 def serve(chat: Chat, how: Sampling, system: str, *, name: str, port: int) -> None:
-    """Serve until Ctrl-C; arguments and errors as those of `Server`."""
+    """Serve until Ctrl-C; arguments and errors are those of `Server`."""
     with Server(chat, how, system, name, port) as server:
         print(f"open {server.url} in a browser on this machine; the API is {server.url}/v1; Ctrl-C ends", flush=True)
         try:
@@ -87,7 +87,7 @@ def _page(how: Sampling, system: str) -> bytes:
 
 
 def _policy(page: bytes) -> str:
-    """A content security policy under which nothing runs but the page's own script, and nothing is loaded."""
+    """Return a content security policy that runs only the page's own script and loads nothing."""
     (script,), (style,) = (
         [hashlib.sha256(found).digest() for found in re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)]
         for tag in (b"script", b"style")
@@ -99,7 +99,7 @@ def _policy(page: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    began = False  # whether a status is sent
+    began = False  # whether the status has been sent
 
     def do_GET(self) -> None:
         if not self._allowed():
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ConfigError as error:
             self._refuse(400, str(error))
         except ConnectionError:
-            self.close_connection = True  # the client has left
+            self.close_connection = True  # the client has disconnected
         except Exception as error:
             self._refuse(500, f"{type(error).__name__}: see the server's terminal")
             raise
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, {**head, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     def _allowed(self) -> bool:
-        """Whether the request is of this site or of a program; answers it if not."""
+        """Return whether the request comes from this site or from a program; if not, answer it with an error."""
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host in self.server.hosts and (origin is None or origin in {f"http://{each}" for each in self.server.hosts}):
             return True
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer by an error, in a stream that has begun as its last event."""
+        """Answer with an error; in a stream that has started, as its last event."""
         kind = "server_error" if status >= 500 else "invalid_request_error"
         error: Json = {"error": {"message": message, "type": kind, "param": None, "code": None}}
         if self.began:
@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Events:
-    """The chunks of a streamed answer. The status is sent with the first one: a mistake found before has its own."""
+    """The chunks of a streamed answer. The status is sent with the first one, so earlier errors get their own."""
 
     def __init__(self, begin: Callable[[], None], send: Callable[[Json], None], head: Json) -> None:
         self._begin, self._send, self._head = begin, send, head | {"object": "chat.completion.chunk"}
@@ -213,7 +213,7 @@ class _Events:
             self._chunk({"content": piece}, None)
 
     def end(self, reason: str, usage: Json | None) -> None:
-        """Send why the answer ends, and what it took if that is asked for."""
+        """Send why the answer ends and, if requested, the token counts."""
         self._chunk({}, reason)
         if usage is not None:
             self._send(self._head | {"choices": [], "usage": usage})
@@ -235,7 +235,7 @@ def _usage(answer: Answer) -> Json:
 
 
 def _has_left(client: socket.socket) -> bool:
-    """Whether the client has closed the connection."""
+    """Return whether the client has closed the connection."""
     readable, _, _ = select.select([client], [], [], 0)
     try:
         return bool(readable) and client.recv(1, socket.MSG_PEEK) == b""

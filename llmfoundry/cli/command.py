@@ -1,8 +1,8 @@
-"""What all commands share: exit codes, errors in one line, and reading a run's YAML.
+"""Code that all commands share: exit codes, errors in one line, and reading a run's YAML.
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
-(with a traceback, and the rank that it happened on), 128 + n after signal n where nothing was saved: before the first
-step, or at a second signal. torchrun's own is 1 for all but 0.
+(with a traceback, and the rank on which it happened), 128 + n after signal n if nothing was saved: before the first
+step, or at a second signal. torchrun itself exits with 1 for all but 0.
 
 Commands import torch inside their functions, so that `--help` and mistakes are answered without waiting for it.
 """
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger("llmfoundry")
-# Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
+# Seconds for local rank 0 to print an error before another rank exits, after which torchrun kills all ranks.
 HEAD_START = 5.0
 Command = Callable[[Sequence[str] | None], int]
-_said: set[str] = set()  # lines of an error that are printed
+_said: set[str] = set()  # error lines that have been printed
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Command:
-    """Give a command its exit code."""
+    """Map a command's errors to exit codes."""
 
     @wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
@@ -49,11 +49,11 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             handler.addFilter(_without_secrets)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         try:
             run(argv)
         except ConfigError as error:
-            if launch.local_rank() == 0:  # most mistakes are every rank's
+            if launch.local_rank() == 0:  # most errors occur on every rank
                 _print_error(cleaned(str(error)).split("\n"), rank)
             else:
                 time.sleep(HEAD_START)
@@ -90,27 +90,27 @@ def _without_secrets(record: logging.LogRecord) -> bool:
 
 
 def _print_error(lines: list[str], rank: str) -> None:
-    """Print those lines of an error that the quick check has not printed already."""
+    """Print the lines of an error that the quick check has not printed already."""
     if new := [line for line in lines if line not in _said]:
         print(f"{rank}error: " + "\n".join(new), file=sys.stderr, flush=True)
         _said.update(new)
 
 
 def _out_of_memory(error: Exception) -> str:
-    """One line for a device whose memory is full; empty for any other error."""
+    """Return one line for an out-of-memory error of a device; empty for any other error."""
     torch = sys.modules.get("torch")
     is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
 
 
 class Translated(NamedTuple):
-    """A YAML file in our words, not yet checked.
+    """A YAML file in the project's keys, not checked yet.
 
     Attributes:
-        given: the file with its overrides, as they were written.
-        data: the same in our words.
-        environment: by dotted path of the file, the values that came from the environment.
-        notes: a line for each thing that was translated or left out, which begins by its dotted path.
+        given: the file with its overrides, as written.
+        data: the same in the project's keys.
+        environment: values that came from the environment, by dotted path in the file.
+        notes: a line for each key that was translated or left out; it starts with the key's dotted path.
     """
 
     given: dict[str, object]
@@ -120,13 +120,14 @@ class Translated(NamedTuple):
 
 
 def read_translated(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> Translated:
-    """A YAML file in our words; LLM Foundry's are translated, with a note each.
+    """Read a YAML file and translate LLM Foundry's keys, with a note for each.
 
     Args:
-        untrusted: of a file that is not the user's, the keys in use: they may name no code that the user does not name.
+        untrusted: for a file that is not the user's, the keys in use: they may not name code that the user does not
+            name.
     """
     settings = load_settings(path, overrides, is_users=not untrusted)
-    # Only now is torch imported: all mistakes in the file's form have been reported.
+    # torch is only imported now: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
@@ -151,9 +152,9 @@ def _mistakes(config: type[RunConfig], data: dict[str, object]) -> list[str]:
 
 
 def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> RunConfig:
-    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each.
+    """Read a YAML file as a checked config; LLM Foundry's legacy keys are translated, with a note for each.
 
-    Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
+    Mistakes that can be found without torch are printed before it is imported, which takes seconds; those that only the
     full check finds follow.
 
     Args:

@@ -55,7 +55,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
     args = parser.parse_args(convert_words(argv))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times more slowly
+    torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times slower
     try:
         _convert(args)
     finally:
@@ -84,7 +84,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _ours(source: str) -> Iterator[str]:
-    """A checkpoint of ours: the source itself, or what a checkpoint of Composer becomes for the time being."""
+    """Yield the path of an llmfoundry checkpoint: the source, or a temporary conversion of a Composer checkpoint."""
     path = Path(source)
     if not path.is_file() and not (path / ".metadata").is_file():
         yield source
@@ -96,7 +96,7 @@ def _ours(source: str) -> Iterator[str]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes, on a terminal."""
+    """Show a progress bar in bytes on a terminal; yield the function that advances it."""
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("convert", total=total)

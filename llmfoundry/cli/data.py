@@ -1,4 +1,4 @@
-"""`llmfoundry data show|stats PATH|YAML`: what a model will read, and numbers of it."""
+"""`llmfoundry data show|stats PATH|YAML`: show what a model will read, and statistics of it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from llmfoundry.data.statistics import Statistics
     from llmfoundry.data.tokenizer import SpecialTokens
 
-CONFIG = "config.yaml"  # in a save_folder
-CHARACTERS = 2000  # of a document that are shown without a tokenizer
+CONFIG = "config.yaml"  # name of a file in the save_folder
+CHARACTERS = 2000  # of a document, shown without a tokenizer
 
 
 class _Opened(NamedTuple):
-    """What was named on the command line."""
+    """The data named on the command line."""
 
     loaders: dict[str, LoaderConfig]
     tokenizer: PreTrainedTokenizerBase | None
@@ -139,13 +139,14 @@ def _show(opened: _Opened, rows: int, as_json: bool) -> None:
 
 
 def _show_numbered(args: argparse.Namespace) -> None:
-    """Rows of a run by their numbers, which mean the same in each of its processes."""
+    """Show rows of a run by their numbers, which are the same in each of its processes."""
     import numpy as np
 
     from llmfoundry.checkpoint.checkpointer import Checkpointer
     from llmfoundry.data.show import PLAIN, TERMINAL, as_data, shown
-    from llmfoundry.train.build import numbered_rows
-    from llmfoundry.train.resume import find_start, settle_tokenizer
+    from llmfoundry.train.resume import find_start
+    from llmfoundry.train.run_data import numbered_rows
+    from llmfoundry.train.run_tokenizer import settle_tokenizer
 
     folder = Path(args.target)
     if args.way != "show" or not (folder / CONFIG).is_file():

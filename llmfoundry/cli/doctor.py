@@ -1,4 +1,4 @@
-"""`llmfoundry doctor [YAML]`: what this machine has, and what a run will meet on it.
+"""`llmfoundry doctor [YAML]`: checks this machine, and how a run would do on it.
 
 Every line is measured or read here; nothing is sent anywhere, and no key is printed.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
 
 GIB, MIB = 2**30, 2**20
-_WRITTEN = 256 * MIB  # bytes that are written and read to time a disk
+_WRITTEN = 256 * MIB  # bytes written and read to time a disk
 _LEAST_FILES = 1024  # open files that a run with many data shards may need
 _OPTIONAL = {
     "wandb": "loggers.wandb", "mlflow": "loggers.mlflow", "peft": "adapters in peft's format",
@@ -34,7 +34,7 @@ _OPTIONAL = {
 
 
 class Finding(NamedTuple):
-    """One thing about the machine."""
+    """One fact about the machine."""
 
     name: str
     says: str
@@ -55,7 +55,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if not args.folder.is_dir():
         raise ConfigError(f"--folder {args.folder}: is not a folder")
-    config = None if args.yaml is None else read_run_config(args.yaml, args.overrides)  # its mistakes come first
+    config = None if args.yaml is None else read_run_config(args.yaml, args.overrides)  # reports mistakes in it first
     wrong = 0
     for finding in findings(args.folder):
         mark = {"ok": " ", "note": "-", "wrong": "!"}[finding.state]
@@ -75,9 +75,9 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _on_cpu(config: RunConfig) -> str:
-    """Whether a run without a GPU has the memory for its weights, gradients and optimizer."""
+    """Return whether there is enough memory for weights, gradients and optimizer in a run without a GPU."""
     from llmfoundry.model.transformer import CausalLMConfig
-    from llmfoundry.train.build import machine_memory, training_bytes
+    from llmfoundry.train.machine import machine_memory, training_bytes
 
     assert isinstance(config.model, CausalLMConfig)
     needed, there = training_bytes(config.model, config.optimizer.weight_dtype) / GIB, machine_memory() / GIB
@@ -86,7 +86,7 @@ def _on_cpu(config: RunConfig) -> str:
 
 
 def _cards() -> tuple[int | None, list[int]]:
-    """The number of GPUs and the bytes of the smallest; without a GPU, what a plan takes for them."""
+    """Return the number of GPUs and the smallest one's memory in bytes; without a GPU, what a plan assumes."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -94,10 +94,10 @@ def _cards() -> tuple[int | None, list[int]]:
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Everything that is looked at.
+    """Run all checks.
 
     Args:
-        folder: whose disk is timed.
+        folder: a folder on the disk to measure.
     """
     yield Finding("system", f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     yield from _packages()
@@ -191,7 +191,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
         os.fsync(file.fileno())
         write = _WRITTEN / (time.perf_counter() - start)
         if sys.platform == "linux":
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from disk
         start = time.perf_counter()
         file.seek(0)
         while file.read(MIB):
@@ -202,7 +202,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _locks(folder: Path) -> Finding:
-    """Whether one process can keep another out: caches and checkpoints rely on it."""
+    """Return whether file locks work between processes: caches and checkpoints rely on them."""
     from filelock import FileLock, Timeout
 
     path = folder / f".llmfoundry-doctor-{os.getpid()}.lock"

@@ -1,4 +1,4 @@
-"""Evaluation by tasks from the command line: ours and LLM Foundry's YAMLs of models, and lm-evaluation-harness."""
+"""Evaluation by tasks from the command line: our and LLM Foundry's YAMLs of models, and lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TaskOptions(NamedTuple):
-    """The options of `eval.py` that are about tasks."""
+    """The options of `eval.py` that concern tasks."""
 
     icl_tasks: str | None
     gauntlet: str | None
@@ -39,7 +39,7 @@ class TaskOptions(NamedTuple):
     allow_code: bool = False
 
     def check(self) -> None:
-        """Refuse options without what they are for; raises ConfigError."""
+        """Refuse options that lack the option they belong to; raise ConfigError."""
         if self.gauntlet and not self.icl_tasks:
             raise ConfigError(f"--gauntlet {self.gauntlet}: is for --icl-tasks FILE")
         if self.icl_tasks and self.tasks:
@@ -57,18 +57,18 @@ class TaskOptions(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What one model has reached."""
+    """The scores of one model."""
 
     scores: dict[str, Score]
-    composites: dict[str, float]  # of the gauntlet
+    composites: dict[str, float]  # gauntlet scores
 
 
 def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str], options: TaskOptions) -> None:
-    """Evaluate a checkpoint of ours, or `hf:` with a folder or hub id, by the tasks that options name.
+    """Evaluate an llmfoundry checkpoint, or `hf:` with a folder or hub id, on the tasks that options name.
 
     Args:
-        overrides: of the run's settings; of a Hugging Face model, those of `TaskSettings`.
-        keys: what may be overridden of a run's settings.
+        overrides: overrides of the run's settings; for a Hugging Face model, of `TaskSettings`.
+        keys: the settings of a run that may be overridden.
     """
     from llmfoundry.cli.evaluation_yaml import TaskSettings
 
@@ -85,10 +85,10 @@ def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str]
 
 
 def evaluate_opened(opened: Opened, texts: dict[str, Score], options: TaskOptions) -> None:
-    """Evaluate a checkpoint by the tasks of its own run, if it has some.
+    """Evaluate a checkpoint on the tasks of its own run, if the run has any.
 
     Args:
-        texts: what the evaluation of its texts gave, for `--output`.
+        texts: results of the evaluation on texts, for `--output`.
     """
     from llmfoundry.cli.evaluation_yaml import TaskSettings
 
@@ -105,7 +105,7 @@ def evaluate_opened(opened: Opened, texts: dict[str, Score], options: TaskOption
 
 
 def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None:
-    """Evaluate the models that a YAML lists by its tasks."""
+    """Evaluate the models that a YAML lists on its tasks."""
     from llmfoundry.cli.evaluation_yaml import VARIABLES, EvaluationConfig, translated
     from llmfoundry.eval.icl import with_tasks_read
 
@@ -132,7 +132,7 @@ def _settings_of(opened: Opened) -> dict[str, object]:
 
 
 def _with_files(data: Mapping[str, object], options: TaskOptions) -> dict[str, object]:
-    """Settings with the tasks and the gauntlet of the files that options name."""
+    """Return settings with tasks and gauntlet from the files that options name."""
     from llmfoundry.eval.icl import with_tasks_read
 
     if options.icl_tasks is None:
@@ -142,7 +142,7 @@ def _with_files(data: Mapping[str, object], options: TaskOptions) -> dict[str, o
 
 
 def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Results:
-    """Put the tasks to a model."""
+    """Evaluate one model on the tasks."""
     from llmfoundry.eval.icl import build_tasks, evaluate_tasks
     from llmfoundry.eval.icl_questions import Reader
 
@@ -150,7 +150,7 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
     if options.apply_chat_template:
         if ready.tokenizer.chat_template is None:
             raise ConfigError("--apply-chat-template: the tokenizer has no chat template, so this may be a base model")
-        special = special._replace(parse=True)  # a template writes special tokens
+        special = special._replace(parse=True)  # templates write special tokens
     reader = Reader(ready.tokenizer, special)
     rank, world = ready.mesh.data_rank, ready.mesh.data_ranks
     if options.tasks:
@@ -200,7 +200,7 @@ def _show(results: Mapping[str, Results]) -> None:
 
 
 def _write(results: Mapping[str, Results], options: TaskOptions) -> None:
-    """Write the file of `--output`; on rank 0."""
+    """Write the file named by `--output`; on rank 0."""
     if not launch.is_rank0() or options.output is None:
         return
     data = {

@@ -1,4 +1,4 @@
-"""The YAML of `eval.py`: models, and what they are evaluated by, in LLM Foundry's words."""
+"""The YAML of `eval.py`: models, and the tasks to evaluate them on, in LLM Foundry's keys."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from llmfoundry.integrations.hf_causal_lm import ONLY
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.build import check_device
 from llmfoundry.train.config import Precision, inference_precision, precision_on
-from llmfoundry.train.resume import with_rule_of
+from llmfoundry.train.machine import check_device
+from llmfoundry.train.run_tokenizer import with_rule_of
 
 log = logging.getLogger(__name__)
 
-# Keys of theirs that change no value here.
+# LLM Foundry keys that do not affect results here.
 _GONE = (
     "seed", "run_name", "fsdp_config", "python_log_level", "log_config", "console_log_interval", "metadata",
     "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
 )  # fmt: skip
-VARIABLES = ("model_name_or_path", "tokenizer_name")  # of the top level, that only serve `${...}`
+VARIABLES = ("model_name_or_path", "tokenizer_name")  # top-level keys that only serve `${...}`
 _GONE_OF_MODELS = (
     "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
     "attn_implementation", "use_train_metrics", "additional_train_metrics",
@@ -44,13 +44,14 @@ _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings")
 
 
 class TaskSettings(Config):
-    """How tasks are put to a model."""
+    """How models are evaluated on tasks."""
 
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None
-    icl_seq_len: int = Field(1024, gt=1)  # tokens of a row
-    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
-    device_eval_batch_size: int = Field(16, gt=0)  # rows of a forward on one rank
+    icl_seq_len: int = Field(1024, gt=1)  # tokens per row
+    # Batches per task, over all ranks together; None or -1: all
+    icl_subset_num_batches: int | None = Field(None, ge=-1)
+    device_eval_batch_size: int = Field(16, gt=0)  # rows per forward on one rank
     precision: Precision | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
@@ -60,7 +61,7 @@ class TaskSettings(Config):
         return self
 
     def precision_here(self) -> Precision:
-        """The precision on this machine; raises ConfigError if it is not to be had."""
+        """Return the precision on this machine; raise ConfigError if it is not available."""
         precision = precision_on(self.precision, runtime.device().type)
         if precision == "amp_fp8":
             log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
@@ -68,10 +69,13 @@ class TaskSettings(Config):
 
 
 class EvaluatedModel(Config):
-    """An entry of `models`: a checkpoint of ours by `load_path` (its `model` may be left out), or a Hugging Face
-    folder or hub id, as load_path `hf:NAME` or as a model `hf_causal_lm`."""
+    """An entry of `models`.
 
-    model_name: str  # in the results
+    Either an llmfoundry checkpoint by `load_path` (its `model` may be left out), or a Hugging Face folder or hub id, as
+    load_path `hf:NAME` or as a model `hf_causal_lm`.
+    """
+
+    model_name: str  # the model's name in the results
     load_path: str | None = None
     model: ModelConfig | None = None
     tokenizer: TokenizerConfig | None = None  # None: the checkpoint's own
@@ -83,10 +87,10 @@ class EvaluatedModel(Config):
         return self
 
     def open(self, precision: Precision, allow_code: bool = False) -> Ready:
-        """Load it; all ranks together.
+        """Load the model; all ranks together.
 
         Args:
-            allow_code: whether to run the code that its config names.
+            allow_code: whether to run code that its config names.
         """
         assert self.load_path is not None
         named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
@@ -134,10 +138,10 @@ class EvaluationConfig(TaskSettings):
 
 
 def translated(data: dict[str, object]) -> dict[str, object]:
-    """A file of LLM Foundry's in our words: `max_seq_len` is `icl_seq_len`, models in the words of training.
+    """Translate a file of LLM Foundry's: `max_seq_len` becomes `icl_seq_len`, and models get the keys of training.
 
     Raises:
-        ConfigError: a key asks for what is not done here.
+        ConfigError: if a key asks for something that is not supported.
     """
     data = dict(data)
     for key in _GONE:
@@ -154,7 +158,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     if "max_seq_len" in data:
         data.setdefault("icl_seq_len", data["max_seq_len"])
         del data["max_seq_len"]
-    if "model" in data:  # one model, in the words of training
+    if "model" in data:  # a single model, with the keys of a training YAML
         if "models" in data:
             raise ConfigError("model: models is also given; keep one")
         one = {key: data.pop(key) for key in ("model", "tokenizer", "load_path", "model_name") if key in data}
@@ -167,7 +171,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
 
 
 def _model(where: str, entry: object) -> object:
-    """An entry of `models` in our words."""
+    """Translate an entry of `models`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
         return entry
     model = entry["model"]
@@ -176,7 +180,7 @@ def _model(where: str, entry: object) -> object:
     if model.get("name") == "hf_causal_lm":
         return _hugging_face(where, entry, dict(model))
     try:
-        # The parts of a run that have nothing to do with the model are there only for their words to be accepted.
+        # The other parts of the run are only there so that `translate` accepts the keys of the model.
         ours = translate({"model": model, "run_name": "eval", "save_folder": "eval"})[0]["model"]
         assert isinstance(ours, dict)
         return entry | {"model": check(ModelConfig, ours, f"{where}.model")}
@@ -189,7 +193,7 @@ def _placed(where: str, line: str) -> str:
 
 
 def _hugging_face(where: str, entry: dict[str, object], model: dict[str, object]) -> dict[str, object]:
-    """A model `hf_causal_lm` as a load_path."""
+    """Translate a model `hf_causal_lm` into a load_path."""
     name = model.pop("pretrained_model_name_or_path", None)
     if not isinstance(name, str):
         raise ConfigError(f"{where}.model.pretrained_model_name_or_path: is missing; name a folder or hub id")

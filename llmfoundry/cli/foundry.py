@@ -1,7 +1,7 @@
-"""The command lines of LLM Foundry's scripts, as ours: `generate`, `convert` and `data_prep` take either.
+"""Accept the command lines of LLM Foundry's scripts: `generate`, `convert` and `data_prep` take theirs and ours.
 
-What of theirs tuned the loading of a model is left out with a note; what would change the result without an equivalent
-is refused.
+Their options that only tune the loading of a model are left out with a note; options that would change the result and
+have no equivalent are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmfoundry.strict_json import parse_json
 log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Arguments of their hf_generate, and what is said when they are given.
+# Arguments of LLM Foundry's hf_generate, and the message if they are given.
 _NO_TOKEN = "left out, it changes no token here"
 _ROUNDING = "left out, numbers are rounded as `precision` says: auto is bf16 on a GPU and float32 on a CPU"
 _LEFT_OUT = dict.fromkeys(
@@ -30,11 +30,11 @@ _LEFT_OUT = dict.fromkeys(
      "use_auth_token"), _NO_TOKEN,
 ) | dict.fromkeys(("model_dtype", "autocast_dtype"), _ROUNDING)  # fmt: skip
 _PROMPTS = ("My name is", "This is an explanation of deep learning to a five year old. Deep learning is")
-_FILE = "file::"  # before the name of a file of prompts
+_FILE = "file::"  # prefix of a file name in --prompts
 
 
 def generate_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `generate`, also where they are hf_generate's (`--name_or_path DIR --prompts TEXT ...`)."""
+    """Return the arguments of `generate`; translate those of hf_generate (`--name_or_path DIR --prompts TEXT ...`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--name_or_path", "-n"):
         return words
@@ -44,7 +44,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
     parser.add_argument("--prompt-delimiter")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--max_batch_size", type=int)
-    # Each may have several values there, which are tried one after the other.
+    # In LLM Foundry, each may have several values, which are tried in turn.
     tried = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 42}
     refused = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     for key, value in (tried | refused).items():
@@ -84,7 +84,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
 
 
 def _prompts(word: str, delimiter: str | None) -> list[str]:
-    """What a word of --prompts stands for: itself, or with `file::` the texts of a file."""
+    """Return the prompts that a word of --prompts stands for: itself or, with `file::`, the texts of a file."""
     if word.startswith("dataset::"):
         raise ConfigError(f"--prompts {word}: is not supported; write the prompts into a file, and file::FILE")
     if not word.startswith(_FILE):
@@ -106,7 +106,7 @@ def _truth(key: str, word: str) -> bool:
 
 
 def convert_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `convert`, also where they are convert_composer_to_hf's (`--composer_path FILE ...`)."""
+    """Return the arguments of `convert`; translate those of convert_composer_to_hf (`--composer_path FILE ...`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--composer_path"):
         return words
@@ -135,7 +135,7 @@ def _ours(path: str) -> str:
 
 @command
 def data_prep_main(argv: Sequence[str] | None = None) -> None:
-    """`data_prep convert_dataset_hf | convert_dataset_json | convert_text_to_mds ...`, by their arguments."""
+    """`data_prep convert_dataset_hf | convert_dataset_json | convert_text_to_mds ...`, with their arguments."""
     parser = Parser(
         "llmfoundry data_prep",
         "Write MDS folders of text or tokens, by LLM Foundry's command lines.",
@@ -174,7 +174,7 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
-    """An option as their scripts spell it, and as their command `llmfoundry` does: with dashes."""
+    """Add an option, spelled as in their scripts and as in their command `llmfoundry`: with dashes."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **how)
 
 
@@ -185,7 +185,7 @@ def _words(text: str) -> dict[str, str | int | float | bool | None]:
         raise ConfigError(f"--tokenizer_kwargs {text}: is not valid JSON: {error}") from None
     if not isinstance(found, dict) or any(isinstance(value, list | dict) for value in found.values()):
         raise ConfigError(f"--tokenizer_kwargs {text}: must be a mapping of names to plain values")
-    found.pop("trust_remote_code", None)  # code of a tokenizer is never run
+    found.pop("trust_remote_code", None)  # a tokenizer's code is never run
     return cast(dict[str, str | int | float | bool | None], found)
 
 

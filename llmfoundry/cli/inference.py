@@ -1,4 +1,4 @@
-"""`generate.py` and `eval.py`: a checkpoint writes text, or is measured on a dataset.
+"""`generate.py` and `eval.py`: generate text from a checkpoint, or evaluate it on a dataset.
 
 Under torchrun, the model is sharded over all processes, and its experts are divided as in the run if that fits.
 """
@@ -24,8 +24,8 @@ from llmfoundry.config import ConfigError
 if TYPE_CHECKING:
     from llmfoundry.eval.icl import Score
 
-# The settings of a run that are read where its checkpoint is used: no other override could take effect.
-GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
+# The settings that are used when a checkpoint is opened; overriding others would have no effect.
+GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: if an adapter base has moved
 EVALUATING = (
     *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches",
     "icl_tasks", "eval_gauntlet", "icl_seq_len", "icl_subset_num_batches",
@@ -102,16 +102,16 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(rows):,} completions written to {args.output}")
     else:
         for number, (request, one) in enumerate(zip(requests, found, strict=True)):
-            show("\n" * (number > 0) + request.shown + one.text + "\n")  # an empty line between texts
+            show("\n" * (number > 0) + request.shown + one.text + "\n")  # a blank line between texts
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
-    """The option that lets a checkpoint run code."""
+    """Add the option that lets a checkpoint run code."""
     parser.add_argument("--allow-code", action="store_true", help="run the code that the checkpoint's config names")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The options of sampling."""
+    """Add the options of sampling."""
     parser.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens, metavar="N",
                         help=f"length of an answer; default: {max_new_tokens}")  # fmt: skip
     parser.add_argument(
@@ -129,7 +129,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def show(text: str) -> None:
-    """Print a model's text at once. On a terminal, characters that would command it are replaced."""
+    """Print a model's text at once. On a terminal, control characters are replaced."""
     sys.stdout.write(text.translate(_COMMANDING) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -190,7 +190,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate_texts(opened: Opened, n_ranges: int | None) -> dict[str, Score]:
-    """Print the loss on each text of a run; returns it under the names that training logs."""
+    """Print the loss on each text of a run; return it under the names that training logs."""
     from llmfoundry import runtime
     from llmfoundry.eval.icl import Score
     from llmfoundry.eval.perplexity import evaluate

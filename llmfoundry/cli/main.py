@@ -1,7 +1,7 @@
-"""`llmfoundry COMMAND ...`: every command by one name; scripts/*.py are doors to the same ones.
+"""`llmfoundry COMMAND ...`: all commands under one name; scripts/*.py call the same functions.
 
-A command is imported when it is called, so `--help` and the completion of a shell answer at once. What stands after
-the command's name is the command's own: `llmfoundry train --help` lists its arguments.
+A command is imported when it is called, so `--help` and shell completion answer at once. Words after the command's name
+are passed to the command: `llmfoundry train --help` lists its arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmfoundry.launch import leave
 
 
 class _Entry(NamedTuple):
-    """A command: where its function is, and what `--help` says of it."""
+    """A command: where its function is, and its line in `--help`."""
 
     module: str
     function: str
@@ -44,7 +44,7 @@ _ENTRIES = {
 
 
 class _Command(click.Command):
-    """Hands its arguments on as they are; they complete as paths."""
+    """Passes its arguments on unchanged; they complete as paths."""
 
     def __init__(self, name: str, entry: _Entry) -> None:
         super().__init__(
@@ -80,7 +80,7 @@ for _name, _entry in _ENTRIES.items():
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command; return its exit code."""
     try:
         found = cli.main(args=list(argv) if argv is not None else None, prog_name="llmfoundry", standalone_mode=False)
     except click.ClickException as error:
@@ -92,5 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     leave(main(sys.argv[1:]))

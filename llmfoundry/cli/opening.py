@@ -1,4 +1,4 @@
-"""Models ready for inference: a checkpoint of ours with its run's settings, or one of Hugging Face's.
+"""Load models for inference: an llmfoundry checkpoint with its run's settings, or a Hugging Face checkpoint.
 
 Under torchrun, the model is sharded over all processes, and its experts are divided as in the run if that fits.
 """
@@ -33,16 +33,17 @@ class Ready(NamedTuple):
     special: SpecialTokens  # the rule for texts
 
 
-HUGGING_FACE = "hf:"  # before a folder, or the id of a model of the hub
+HUGGING_FACE = "hf:"  # prefix of a folder, or of a hub id
 
 
 class Opened(NamedTuple):
-    """A checkpoint, ready.
+    """A loaded checkpoint.
 
     Attributes:
-        config: of the run that saved it; of a Hugging Face checkpoint, that of a run that would go on from it.
-        folder: where its generation_config.json is.
-        trained: whether a training run of ours saved it; else it was converted.
+        config: the config of the run that saved it; for a Hugging Face checkpoint, that of a run that would continue
+            it.
+        folder: the folder of its generation_config.json.
+        trained: whether an llmfoundry run saved it; otherwise it was converted.
     """
 
     config: RunConfig
@@ -52,7 +53,7 @@ class Opened(NamedTuple):
 
 
 def is_hugging_face(path: str) -> bool:
-    """Whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` with a folder or hub id."""
+    """Return whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` and a folder or hub id."""
     if is_url(path):
         return False
     return is_theirs(path) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
@@ -68,13 +69,13 @@ def open_checkpoint(
 
     Args:
         path: a checkpoint or a run's save_folder, or its URL; a Hugging Face folder or GGUF file; hf:<folder or id>.
-        overrides: applied to its config; the weights must still fit the model.
-        keys: what may be overridden.
+        overrides: overrides of its config; the weights must still fit the model.
+        keys: the keys that may be overridden.
         check: refuses a model by its config, before any weight is read.
-        allow_code: whether to run the code that its config names.
+        allow_code: whether to run code that its config names.
 
     Raises:
-        ConfigError: it is missing or damaged, or an override names something else.
+        ConfigError: if the checkpoint is missing or damaged, or an override names another key.
     """
     from llmfoundry.train.config import RunConfig
 
@@ -106,7 +107,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     if check is not None:
         check(config.model)
     precision = inference_precision(config.precision_on(runtime.start().type))
-    # What an override of the model changes is asked for; shapes must fit.
+    # Overrides of the model are intended; shapes must fit.
     model = config.model if overrides else None
     ready = open_hugging_face(name, precision, config=model, allow=["model"], parallel=config.parallel)
     return Opened(config, folder, False, ready)
@@ -118,13 +119,14 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
     from llmfoundry.checkpoint.reading import load_model_only, read
     from llmfoundry.hf.pretrained import tokenizer_of
     from llmfoundry.model.transformer import CausalLMConfig
-    from llmfoundry.train.build import check_device
     from llmfoundry.train.config import inference_precision
-    from llmfoundry.train.resume import is_trained, with_rule_of
+    from llmfoundry.train.machine import check_device
+    from llmfoundry.train.run_tokenizer import with_rule_of
+    from llmfoundry.train.trainer_json import is_trained
 
     place = runtime.start()
     contents = read(folder)
-    # What a conversion wrote is for editing; the settings of its weights are on record beside it.
+    # A converted checkpoint's config.yaml is for editing; the settings of its weights are stored separately.
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
     config = read_run_config(str(contents.path / settings), overrides, untrusted)
     assert isinstance(config.model, CausalLMConfig)
@@ -150,19 +152,19 @@ def open_hugging_face(
     allow: Sequence[str] = (),
     parallel: ParallelConfig | None = None,
 ) -> Ready:
-    """Load a folder or hub id of Hugging Face's as a model of ours; all ranks together.
+    """Load a Hugging Face folder or hub id as an llmfoundry model; all ranks together.
 
     Args:
-        tokenizer: another one than its own.
-        config: its settings, with other implementations maybe; the weights must fit.
+        tokenizer: replaces its own tokenizer.
+        config: replaces its settings, e.g. by other implementations; the weights must fit.
         allow: settings in which `config` may differ from the folder's.
-        parallel: how it is divided over several processes; None: FSDP over all.
+        parallel: how to divide it over several processes; None: FSDP over all.
     """
     from llmfoundry import hf, runtime
     from llmfoundry.data.tokenizer import TokenizerConfig
     from llmfoundry.hf.pretrained import open_checkpoint, tokenizer_of
     from llmfoundry.parallel.mesh import ParallelConfig as Parallel
-    from llmfoundry.train.build import check_device
+    from llmfoundry.train.machine import check_device
 
     place = runtime.start()
     found = open_checkpoint(name)
@@ -173,13 +175,13 @@ def open_hugging_face(
         raise ConfigError(f"{found.path}: holds no tokenizer")
     model, mesh = build_model(config, parallel or Parallel(compile=False), precision)
     hf.load_weights(model, name, allow)
-    # A text that spells a special token means it, as in transformers.
+    # A text that spells a special token is encoded as that token, as in transformers.
     special = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
     return Ready(model.eval(), mesh, tokenizer, special)
 
 
 def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Precision) -> tuple[CausalLM, Mesh]:
-    """The model without its weights: whole in one process, sharded over several."""
+    """Build the model without its weights: whole in one process, sharded over several."""
     import torch
 
     from llmfoundry import runtime
@@ -193,7 +195,7 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     with torch.device("meta"):
         model = config.build()
     if launch.world_size() == 1:
-        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as in the run
+        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as during training
             cast_parameters(model, torch.bfloat16)
         model = model.to_empty(device=place)
         model.init_buffers()
@@ -205,7 +207,7 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     parallel = parallel.model_copy(update=update)
     try:
         plan_mesh(parallel, launch.world_size(), experts)
-    except ConfigError:  # the run had another number of processes
+    except ConfigError:  # the run had a different number of processes
         parallel = ParallelConfig(compile=False)
     mesh = build_mesh(parallel, place.type, experts)
     model = parallelize(model, mesh, parallel, precision).to_empty(device=place)

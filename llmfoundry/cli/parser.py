@@ -1,4 +1,4 @@
-"""The arguments of a command: `--help` ends with examples, and a mistake is one line with the nearest option."""
+"""Argument parsing: `--help` ends with examples, and a mistake prints one line with the nearest option."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None = None, examples: Sequence[str] = (),
                  allow_abbrev: bool = True) -> None:  # fmt: skip
-        """A parser.
+        """Make a parser.
 
         Args:
-            prog: the command as a user writes it.
+            prog: the command as a user types it.
             description: what it does.
             examples: whole command lines.
-            allow_abbrev: whether an option may be shortened.
+            allow_abbrev: whether options may be abbreviated.
         """
         super().__init__(
             prog,
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_overrides(self, help: str) -> None:
-        """Take `key=value` words, as `overrides`: a list of strings."""
+        """Accept `key=value` words, as `overrides`: a list of strings."""
         self.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help)
 
     def error(self, message: str) -> NoReturn:
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The `type` of an option that is an integer from `least` to `most`."""
+    """Return an argparse `type`: an integer from `least` to `most`."""
     wanted = f"of at least {least}" if most is None else f"from {least} to {most:,}"
 
     def read(text: str) -> int:
@@ -71,7 +71,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """The `type` of an option that is a finite number from `least` (or above it) to `most`."""
+    """Return an argparse `type`: a finite number from `least` (or above it) to `most`."""
     wanted = f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
 
     def read(text: str) -> float:
@@ -87,5 +87,5 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
 
 
 def program(name: str, script: str | None = None) -> str:
-    """What a command is called in its own messages: `llmfoundry train`, or `train.py` as a script."""
+    """Return the command's name in its own messages: `llmfoundry train`, or `train.py` as a script."""
     return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"

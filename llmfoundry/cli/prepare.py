@@ -1,4 +1,4 @@
-"""`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on machines without GPUs."""
+"""`prepare_data.py YAML [key=value ...]`: tokenize a run's datasets ahead of time, on machines without GPUs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
                 raise ConfigError(f"{where}: {dataset.name} takes neither --dedup nor --filter")
             dataset = dataset.model_copy(update=changes)
         start = time.perf_counter()
-        # Where a machine has no part of a dataset of few files, the first one takes all of it.
+        # If a dataset has too few files to divide, the first machine takes all of it.
         divided = share.of > 1 and len(dataset.build().pieces) >= share.of
         if share.number > 1 and not divided:
             print(f"{where}: has too few files for {share.of} parts; part 1 takes all of it")
@@ -106,13 +106,13 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
         for line in _report(stream, where, seconds, changes if where.startswith("train_loader") else {}):
             print(line)
         if args.format == "mds":
-            which = where.partition(".")[2]  # the part of a mixture, or the label of an evaluation
+            which = where.partition(".")[2]  # the source in a mixture, or the label of an evaluation
             name = f"{dataset.split}-{which}" if which else dataset.split
             _write_mds(stream, where, how.length, f"{args.out.rstrip('/')}/{name}", args.compression)
 
 
 def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, object]) -> Iterator[str]:
-    """What was read, left out and written."""
+    """Print how much was read, left out and written."""
     yield f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}"
     if stream.counts is not None:
         yield f"{where}: {stream.counts}"

@@ -1,4 +1,4 @@
-"""The prompts of `generate`: from the command line and from files, and what comes of them in a file of JSON lines."""
+"""The prompts of `generate`, from the command line and from files, and its results as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and what else the line holds
+Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and the line's other fields
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """The prompts of a file: a line of a .txt each, or a line of a .jsonl with `prompt` or `messages`.
+    """Read the prompts of a file: each line of a .txt, or each line of a .jsonl with `prompt` or `messages`.
 
     Raises:
-        ConfigError: it cannot be read, or a line holds neither.
+        ConfigError: if the file cannot be read, or a line has neither key.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"--prompts: {path}: must be a .txt with a prompt per line, or a .jsonl")
@@ -45,12 +45,12 @@ def read_prompts(path: Path) -> list[Row]:
 
 
 def prompt_of(row: Row) -> str | list[Message]:
-    """The text or the conversation of a row."""
+    """Return the text or the conversation in a row."""
     return cast("str | list[Message]", row["prompt"] if row.get("prompt") is not None else row["messages"])
 
 
 def read_template(path: Path | None) -> str | None:
-    """A chat template from a file; raises ConfigError if it cannot be read."""
+    """Read a chat template from a file; raise ConfigError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8") if path is not None else None
     except (OSError, UnicodeDecodeError) as error:
@@ -74,16 +74,16 @@ def _row(line: str, where: str) -> Row:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before hours of work; raises ConfigError."""
+    """Refuse a file that cannot be written, before hours of work; raise ConfigError."""
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output: {path} cannot be written: {path.parent} must be a folder, and {path} a file")
 
 
 def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Completion]) -> None:
-    """Write each prompt's line with `completion`, `finish_reason` and `tokens` added, as they come.
+    """Write each prompt's line with `completion`, `finish_reason` and `tokens` added, as they are completed.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: if the file cannot be written.
     """
     try:
         with path.open("w", encoding="utf-8", buffering=1) as file:

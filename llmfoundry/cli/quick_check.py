@@ -1,9 +1,9 @@
-"""A check of a run's YAML that answers before torch is imported: of keys, types, bounds and choices.
+"""Check a run's YAML before torch is imported: keys, types, bounds and choices.
 
-The config classes stand beside the modules that they build, so importing them imports torch, which takes seconds. Here
-they are made again from `schema.json`: with the same keys, types, bounds and choices, without the rules that compare
-values. `config.py` checks by them and words the mistakes, so each line is one that the full check has too. What this
-check is not sure of, it accepts, so it can find less: the full check always follows.
+The config classes are in the modules that they build, so importing them imports torch, which takes seconds. This module
+builds equivalent classes from `schema.json`: the same keys, types, bounds and choices, without the rules that compare
+values. `config.py` checks with them and words the mistakes, so each line is one that the full check has too. Whatever
+this check is not sure of, it accepts, so it may find less; the full check always follows.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _BOUNDS = {
 
 
 def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> list[str]:
-    """Lines that the full check of a run's YAML is sure to have too; it may have more.
+    """Return the mistakes that the full check of a run's YAML is sure to report too; it may report more.
 
     Args:
         path: the YAML file.
-        overrides: as `load_settings` takes them.
-        is_users: likewise.
+        overrides: as for `load_settings`.
+        is_users: as for `load_settings`.
 
     Raises:
-        ConfigError: the file cannot be read; the full check says the same.
+        ConfigError: if the file cannot be read; the full check reports the same.
     """
     settings = load_settings(path, overrides, is_users)
     data = settings.data
     schema = _schema()
     words = {part.rpartition(".")[2] for part in settings.given} | {"~" for item in overrides if item[:1] == "~"}
     if data.get("code_paths") or words & (schema.tags | {"~"}):
-        return []  # plug-ins add choices; an override that replaces a choice drops the keys of the old one
+        return []  # plug-ins add choices; an override that replaces a choice drops the old one's keys
     model = data.get("model")
     if isinstance(model, dict) and str(model.get("name")).startswith("hf_"):
         return []  # the translation reads the model's own files
@@ -61,18 +61,18 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
 
 
 def mistakes_in(data: dict[str, object]) -> list[str]:
-    """The same for data in our words."""
+    """Return the same for data in the project's keys."""
     if _RUN_NAME in str(data.get("save_folder")) and data.get("run_name") is None:
-        return []  # that is reported alone
+        return []  # reported separately
     try:
         check(_schema().run, data)
-    except ConfigError as error:  # a value in which the name is filled in is shown with it
+    except ConfigError as error:  # values that contain the run name are shown with it filled in
         return [line for line in str(error).split("\n") if _RUN_NAME not in line]
     return []
 
 
 class _Schema(NamedTuple):
-    """What is made from `schema.json`: the type of a run, and the words that pick among classes."""
+    """What is built from `schema.json`: the type of a run, and the words that select classes."""
 
     run: type[Config]
     tags: frozenset[str]
@@ -86,14 +86,14 @@ def _schema() -> _Schema:
 
 
 class _Classes:
-    """Config classes from the definitions of a schema, each made when it is first asked for."""
+    """Config classes built from the definitions of a schema, each when it is first needed."""
 
     def __init__(self, blocks: Node) -> None:
         self.blocks = blocks
         self.made: dict[str, type[Config]] = {}
 
     def of(self, name: str) -> type[Config]:
-        """The class of a block, or the root of a family."""
+        """Return the class of a block, or the base of a family."""
         if name in self.made:
             return self.made[name]
         block = self.blocks[name]
@@ -104,7 +104,7 @@ class _Classes:
         ((tag, said),) = block["properties"].items()
         choice: dict[str, Any] = {tag: (str, said.get("default", ...))}
         root = create_model(name, __base__=Choice, __cls_kwargs__={"tag": tag}, **choice)
-        self.made[name] = root  # before its members: a mixture has datasets
+        self.made[name] = root  # before its members, because a mixture contains datasets
         for rule in rules:
             member, names = _name(rule["then"]), tuple(rule["if"]["properties"][tag]["enum"])
             self.made[member] = self._make(member, self.blocks[member], root, {"names": names})
@@ -125,7 +125,7 @@ class _Classes:
         return made
 
     def _type(self, said: Node) -> Any:
-        """The type that a field with such a schema has in its class."""
+        """Return the type of a field with such a schema in its class."""
         kinds = [kind for kind in said.get("anyOf", [said]) if _name(kind) != "interpolation"]
         short = tuple(_PLAIN[word] for kind in kinds if kind.get("x-short") for word in _words(kind))
         found = [self._kind(kind) for kind in kinds if not kind.get("x-short")]
@@ -138,7 +138,7 @@ class _Classes:
                                          else isinstance(value, tuple(kind for kind in short if kind)))]  # fmt: skip
 
     def _kind(self, kind: Node) -> Any:
-        if "if" in kind:  # what does not meet the condition may be a shorthand
+        if "if" in kind:  # a value that does not meet the condition may be a shorthand
             return Annotated[self._kind(kind["then"]), _unless(lambda value: not _meets(value, kind["if"]))]
         if "x-family" in kind:
             root = self.of(kind["x-family"])
@@ -175,7 +175,7 @@ def _meets(value: object, condition: Node) -> bool:
 
 
 def _unless(is_other: Callable[[object], bool]) -> WrapValidator:
-    """Accept some values as they are."""
+    """Accept some values unchecked."""
 
     def checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         return None if is_other(value) else check(value)
@@ -184,7 +184,7 @@ def _unless(is_other: Callable[[object], bool]) -> WrapValidator:
 
 
 def _accepting(is_unsure: Callable[[dict[str, object]], bool]) -> Any:
-    """Accept some blocks as they are."""
+    """Accept some blocks unchecked."""
 
     def checked(cls: type[Config], data: Any, check: ModelWrapValidatorHandler[Config]) -> Config:
         return cls.model_construct() if isinstance(data, dict) and is_unsure(data) else check(data)

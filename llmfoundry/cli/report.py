@@ -1,4 +1,4 @@
-"""`llmfoundry report RUN [RUN ...]`: one page of one run, or of several side by side; a run may be in a store."""
+"""`llmfoundry report RUN [RUN ...]`: one page for one run, or for several side by side; runs may be in a store."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def report_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _here(run: str, to: Path) -> Path:
-    """The folder of a run; of one in a store, its files without the checkpoints are fetched.
+    """Return the local folder of a run; for a run in a store, its files without the checkpoints are fetched.
 
     Raises:
-        ConfigError: the store has no such run, or cannot be asked.
+        ConfigError: if the store does not have the run, or cannot be reached.
     """
     if not is_url(run):
         return Path(run)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_GPUS = 2**14  # that a plan looks through
+MOST_GPUS = 2**14  # maximum number of GPUs that a plan considers
 
 
 @command
@@ -127,7 +127,7 @@ def _explain(path: str, overrides: list[str]) -> None:
         print(cleaned(line))
     from llmfoundry.train.config import RunConfig
 
-    check(RunConfig, data)  # its mistakes come last
+    check(RunConfig, data)  # its errors are reported last
 
 
 def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
@@ -162,10 +162,10 @@ def _train(config: RunConfig, show_batch: bool) -> None:
     if show_batch and launch.is_rank0():
         _show_batch(config, trainer.loader, trainer.tokenizer)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
-        # Every run reports its speed, to its loggers too.
+        # Every run reports its speed, also to its loggers.
         trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
     if not any(isinstance(callback, Report) for callback in trainer.callbacks):
-        # Every run leaves a page. Before the loggers, for which it adds figures by layer.
+        # Every run writes a report page. It comes before the loggers, because it adds metrics per layer.
         trainer.named["callbacks.report"] = ReportConfig().build()
         trainer.callbacks.insert(1, trainer.named["callbacks.report"])
     if config.log_to_console:
@@ -178,7 +178,7 @@ def _train(config: RunConfig, show_batch: bool) -> None:
 
 
 def _evaluations(config: RunConfig) -> Iterator[str]:
-    """How much of the time evaluation will take."""
+    """Yield the share of time that evaluation will take."""
     from llmfoundry.train.duration import Timeline
 
     if config.icl_tasks and config.eval_interval.value:
@@ -191,7 +191,7 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
         return
     rows, share = config.eval_subset_num_batches * config.device_eval_batch_size, ""
     lengths = (config.eval_interval, config.max_duration)
-    # The data decides how long an epoch is, and the machine what fits into an hour.
+    # The data determines the length of an epoch, and the machine how much fits into an hour.
     if not any(each.unit == "ep" or each.seconds is not None for each in lengths):
         timeline = Timeline.of(config.max_duration, rows_per_step=config.global_train_batch_size,
                                tokens_per_row=config.max_seq_len, rows_per_epoch=0)  # fmt: skip
@@ -200,7 +200,7 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
 
 
 def sees_documents(config: RunConfig) -> bool:
-    """Whether attention keeps documents apart."""
+    """Return whether attention keeps documents apart."""
     from llmfoundry.model.transformer import CausalLMConfig
 
     assert isinstance(config.model, CausalLMConfig)

@@ -1,4 +1,4 @@
-"""`llmfoundry xray CHECKPOINT TEXT`: which expert takes which token of a text, by layer."""
+"""`llmfoundry xray CHECKPOINT TEXT`: show which expert receives which token of a text, by layer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _is_mixture(config: CausalLMConfig) -> None:
 
 
 def _layers(asked: list[int] | None, config: CausalLMConfig) -> list[int]:
-    """The layers to show; raises ConfigError for one that is not a mixture."""
+    """Return the layers to show; raise ConfigError for a layer without experts."""
     from llmfoundry.report.experts import mixture_layers
 
     layers = mixture_layers(config)

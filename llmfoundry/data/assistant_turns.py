@@ -1,9 +1,10 @@
-"""Where the assistant speaks in a rendered conversation, for templates that do not mark it.
+"""Find the assistant's turns in a rendered conversation, for templates that do not mark them.
 
-A turn is what the rendered text gains by it: from the end of the conversation before it, with the assistant's turn
-opened, to the end of the conversation that ends with it. Some templates render a turn inside a conversation otherwise
-than at its end, e.g. without its thoughts (Qwen3, DeepSeek-R1, gpt-oss). There the content of the turn and of the
-message before it are found by rendering the conversation again with other words in their place.
+A turn is the text that the rendered conversation gains by it: it starts after the conversation so far, rendered with
+the assistant's turn opened, and ends where the conversation including the turn ends. Some templates render a turn
+inside a conversation differently than at the end, e.g. without its thoughts (Qwen3, DeepSeek-R1, gpt-oss). For those,
+the content of the turn and of the message before it are found by rendering the conversation again with other words in
+their place.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import NamedTuple
 from llmfoundry.data.conversations import Message
 
 Span = tuple[int, int]  # in characters
-Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether the assistant's turn is opened at the end
+Render = Callable[[Sequence[Message], bool], str]  # takes messages, and whether to open the assistant's turn at the end
 
-# Words that no conversation says: they have no letter in common, and no template trims or splits them.
+# Texts that occur in no conversation: they have no letter in common, and no template trims or splits them.
 _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
-# An answer may begin with a thought, which some templates open together with the turn. The thought is learned.
+# An answer may start with a thought, which some templates open together with the turn. The thought is learned.
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
@@ -27,7 +28,8 @@ class Turn(NamedTuple):
     """A turn of the assistant.
 
     Attributes:
-        inside: whether the template renders it otherwise inside the conversation than at its end.
+        span: its characters in the rendered text.
+        inside: whether the template renders this turn differently inside the conversation than at the end.
     """
 
     span: Span
@@ -35,12 +37,13 @@ class Turn(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The content of a message in a text: between what stays where the content is another.
+    """Where the content of a message was found: between the parts of the text that do not depend on the content.
 
     Attributes:
-        start: how far the text is as with another content.
-        before: how far it would be if all before the content stayed; more where the template splits the content.
-        after: what comes after another content.
+        start: length of the prefix that the text shares with a rendering of other content.
+        before: length of the prefix that two renderings of other contents share. It is larger than `start` where the
+            template splits the content.
+        after: the text that follows other content.
     """
 
     start: int
@@ -49,22 +52,22 @@ class Found(NamedTuple):
 
 
 class Turns:
-    """Finds turns in the texts of one template.
+    """Finds turns in texts rendered by one template.
 
     Args:
-        render: raises a ValueError for messages that the template refuses.
-        eos: what some templates close a conversation by that asks for no answer.
-        special: texts of the tokenizer's added tokens.
+        render: renders messages; raises a ValueError for messages that the template refuses.
+        eos: the text with which some templates close a conversation that asks for no answer.
+        special: the texts of the tokenizer's added tokens.
     """
 
     def __init__(self, render: Render, eos: str, special: Collection[str]) -> None:
         self._render, self._eos, self._special = render, eos, tuple(sorted(special, key=len, reverse=True))
 
     def find(self, messages: Sequence[Message], text: str, turn: int) -> Turn:
-        """Where message `turn` speaks in the text of all messages.
+        """Find message `turn` in the rendered text of all messages.
 
         Raises:
-            ValueError: it cannot be found.
+            ValueError: if the turn cannot be found.
         """
         upto = self._render(messages[: turn + 1], False)
         before = _THOUGHT.sub("", self._render(messages[:turn], True)) if turn else self._opened(upto)
@@ -82,15 +85,15 @@ class Turns:
         return Turn(span, True)
 
     def shares(self, messages: Sequence[Message], text: str, spans: Sequence[Span]) -> dict[int, list[Span]]:
-        """The spans that a template marks, by the turn that they belong to; a turn may have several, or none.
+        """Assign the spans that a template marks to turns. A turn may have several spans, or none.
 
         Raises:
-            ValueError: which turn they belong to cannot be told.
+            ValueError: if a span cannot be assigned to one turn.
         """
         speaking = [i for i, message in enumerate(messages) if is_answer(message)]
         found: dict[int, list[Span]] = {}
         left = list(spans)
-        row: list[int] = []  # turns of the assistant with no other message between them
+        row: list[int] = []  # consecutive turns of the assistant
         for turn in reversed(speaking):
             row.insert(0, turn)
             if turn - 1 in speaking:
@@ -108,7 +111,7 @@ class Turns:
         return found
 
     def content(self, messages: Sequence[Message], text: str, number: int) -> Found | None:
-        """Where the content of a message is in a text of the messages; None if it is not rendered."""
+        """Find the content of one message in the rendered text; return None if it is not rendered."""
         one, other = (self._render(_with(messages, number, probe), False) for probe in _PROBES)
         before, after = _common(one, other), _common(one[::-1], other[::-1])
         if one[before : len(one) - after] != _PROBES[0]:
@@ -118,13 +121,13 @@ class Turns:
     def _inside(self, messages: Sequence[Message], text: str, turn: int) -> Span | None:
         own = self.content(messages, text, turn)
         start = self._start(messages, text, turn)
-        if own is None or start is None or start > own.start:  # what opens the turn is there with every content
+        if own is None or start is None or start > own.start:  # the opening of the turn does not depend on its content
             return None
         end = self._end(messages, text, turn, own.after)
         return (start, end) if end is not None and start <= end else None
 
     def _start(self, messages: Sequence[Message], text: str, turn: int) -> int | None:
-        """Where the turn begins: after what the template writes from the last content on to open the turn."""
+        """Return the position at which the turn starts: after the text that the template writes to open it."""
         if turn == 0:
             opened = self._opened(text)
             return len(opened) if opened else None
@@ -134,7 +137,7 @@ class Turns:
         opening, closing = (self._after(messages[:turn], turn - 1, prompt) for prompt in (True, False))
         opening = _THOUGHT.sub("", opening)
         n = _common(asked.after, opening)
-        if n < len(opening):  # it goes on with what may begin an answer, such as an empty thought
+        if n < len(opening):  # followed by what an answer may start with, such as an empty thought
             n = self._cut(opening, n)
             closing = closing.removesuffix(self._eos)
         if n < len(opening) and n <= len(closing):
@@ -142,14 +145,14 @@ class Turns:
         return len(text) - len(asked.after) + n
 
     def _end(self, messages: Sequence[Message], text: str, turn: int, after: str) -> int | None:
-        """Where the turn ends: after what the template writes from its content on.
+        """Return the position at which the turn ends: after the text that the template writes behind its content.
 
         Args:
-            after: what comes after another content of the turn.
+            after: the text that follows other content of this turn.
         """
         closing = self._after(messages[: turn + 1], turn, False)
         closings = [closing, closing.removesuffix(self._eos)]
-        # Another special token may stand for the last one: gpt-oss ends a conversation with one of its own.
+        # The last special token may differ: gpt-oss ends a conversation with one of its own.
         last = next((each for each in self._special if closing.endswith(each)), None)
         if last is not None:
             closings += [closing.removesuffix(last) + each for each in self._special]
@@ -159,13 +162,13 @@ class Turns:
         return None
 
     def _after(self, messages: Sequence[Message], number: int, prompt: bool) -> str:
-        """What the template writes after the content of a message."""
+        """Return the text that the template writes after the content of a message."""
         return self._render(_with(messages, number, _PROBES[0]), prompt).rpartition(_PROBES[0])[2]
 
     def _opened(self, text: str) -> str:
-        """The beginning of a conversation that the assistant begins: what opens its turn is not learned.
+        """Return the start of a conversation that opens with an assistant's turn; the opening text is not learned.
 
-        Many templates refuse to render no message at all, so the opening is taken from after one of the user.
+        Many templates refuse an empty list of messages, so the opening comes from a conversation with one user message.
         """
         asked: list[Message] = [{"role": "user", "content": "x"}]
         before, after = (self._render(asked, prompt) for prompt in (False, True))
@@ -177,7 +180,7 @@ class Turns:
         return text[: text.find(opening) + len(opening)] if opening else ""
 
     def _cut(self, opening: str, most: int) -> int:
-        """Where what opens a turn may end, at `most` characters: after a special token or a line."""
+        """Return the last position up to `most` where the opening may end: after a special token or a line break."""
         return max(
             (opening.rfind(each, 0, most) + len(each) for each in ("\n", *self._special) if each in opening[:most]),
             default=0,
@@ -185,7 +188,7 @@ class Turns:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether the assistant speaks."""
+    """Return whether a message is the assistant's."""
     return message["role"] == "assistant"
 
 
@@ -194,7 +197,7 @@ def _with(messages: Sequence[Message], number: int, content: str) -> list[Messag
 
 
 def _common(one: str, other: str) -> int:
-    """Characters with which both texts begin."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

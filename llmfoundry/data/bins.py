@@ -1,24 +1,24 @@
-"""Which examples share a row: best fit, the longest first, within a bounded number of examples at a time."""
+"""Packing of examples into rows: best fit, longest first, within a bounded number of examples at a time."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-BUFFER = 2**14  # examples that are fitted together
+BUFFER = 2**14  # number of examples that are packed together
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put examples into rows, so that few positions are left over.
+    """Assign examples to rows so that few positions stay empty.
 
-    The result depends on the lengths and their order alone.
+    The result depends only on the lengths and their order.
 
     Args:
-        lengths: of the examples, in tokens, none above the capacity.
-        capacity: tokens of a row.
+        lengths: tokens of each example; none is above the capacity.
+        capacity: tokens per row.
 
     Returns:
-        The numbers of the examples of each row.
+        For each row, the indices of its examples.
     """
     rows: list[list[int]] = []
     for start in range(0, len(lengths), BUFFER):

@@ -1,4 +1,4 @@
-"""A folder on disk that is made once, by the first process that needs it, and is complete whenever it exists."""
+"""Cache folders on disk: each is made once, by the first process that needs it, and is complete once it exists."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return `folder`; make it first if it does not exist.
 
     Other ranks and runs that ask at the same time wait. The contents are synced to disk before the folder gets its
-    name, so a crash leaves nothing that looks finished. If `make` raises, nothing is left. On a file system without
-    locks, the first rename wins.
+    name, so a crash never leaves a folder that looks finished. If `make` raises, nothing is left. On a file system
+    without locks, the first rename wins.
 
     Args:
-        folder: its name identifies its contents (by a fingerprint), so an existing one is never changed.
+        folder: its name identifies its contents (by a fingerprint), so an existing folder is never changed.
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: the cache cannot be written.
+        ConfigError: if the cache cannot be written.
     """
     if folder.exists():
         return folder
@@ -50,10 +50,10 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """The block writes a folder of the cache.
+    """Turn errors of a block that writes to the cache into one line.
 
     Raises:
-        ConfigError: it cannot, e.g. because the disk is full.
+        ConfigError: if the folder cannot be written, e.g. because the disk is full.
     """
     try:
         yield
@@ -66,7 +66,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waited_for(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock. A process that waits for it logs that: on another machine one sees nothing of the holder."""
+    """Hold a lock. A process that has to wait logs it, because it cannot see who holds the lock on another machine."""
     held = FileLock(lock)
     try:
         held.acquire(timeout=_SAID_AFTER)
@@ -81,12 +81,12 @@ def waited_for(lock: Path, what: str) -> Iterator[None]:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a killed process: this one holds the lock
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a killed process, as this one holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         make(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would lock other users out of a shared cache
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's mode 0700 would lock other users out of a shared cache
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         try:

@@ -1,7 +1,7 @@
-"""Tokenised examples on disk, and rows of them.
+"""Tokenized examples on disk, served as rows.
 
-A folder holds all tokens one after the other (`ids`), which of them are learned, where each example begins (`starts`),
-and for each row the examples in it (`members`, from `rows[i]` to `rows[i + 1]`).
+A folder holds the tokens of all examples (`ids`), a flag per token that says whether it is learned, the start of each
+example (`starts`), and the examples of each row (`members`, from `rows[i]` to `rows[i + 1]`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from llmfoundry.strict_json import read_mapping
 
 
 def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: str, pack: bool = False) -> None:
-    """Write tokenised examples into a folder. One that is longer than `how.length` is cut at its end.
+    """Write tokenized examples into a folder. Examples longer than `how.length` are truncated.
 
     Args:
-        groups: of one size; the examples of a group are left out together if one of them has nothing to learn.
-        nothing: the error if all are left out, with {n} for the number of groups.
-        pack: put several groups, of one example each, into a row; else a group is a row.
+        groups: groups of equal size. A group is left out if one of its examples has nothing to learn.
+        nothing: the error message if all groups are left out, with {n} for their number.
+        pack: pack several groups, of one example each, into a row; otherwise each group is a row.
 
     Raises:
-        ValueError: nothing can be learned from any.
+        ValueError: if no example has anything to learn.
     """
     lengths: list[int] = []
     cut = unlearned = inside = without_calls = n = size = 0
@@ -63,7 +63,7 @@ def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: s
 
 
 class ChatRows(Rows):
-    """Rows of whole examples; what is left of a row is filled with end-of-text tokens that nothing sees or learns."""
+    """Rows of whole examples. Empty positions hold end-of-text tokens that nothing attends to or learns."""
 
     own_positions = True
 
@@ -71,10 +71,10 @@ class ChatRows(Rows):
         """Open a folder that `write` made.
 
         Args:
-            watch: compares its files with their checksums.
+            watch: compares the files with their checksums.
 
         Raises:
-            ConfigError: it is damaged.
+            ConfigError: if the folder is damaged.
         """
         self.title, self.fingerprint, self.length = title, fingerprint, how.length
         self.eos_token_id, self.documents, self.watch = eos_token_id, how.documents, watch
@@ -99,7 +99,7 @@ class ChatRows(Rows):
         )
 
     def said_of_lengths(self, length: int) -> str:
-        """How many examples `length` tokens were too few for."""
+        """Return how many examples were longer than `length` tokens, in words."""
         cut, unlearned, inside = (self._counts[each] for each in ("cut", "unlearned", "inside"))
         said = f"{cut:,} were cut at max_seq_len={length}, {unlearned:,} with nothing to learn left out"
         if inside:  # e.g. without their thoughts
@@ -118,7 +118,7 @@ class ChatRows(Rows):
         assert out.positions is not None
         out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
         if out.documents is not None:
-            out.documents[i] = 0  # what fills the row
+            out.documents[i] = 0  # padding
         self.watch.check()
         if number >= self.n_rows:
             return
@@ -129,7 +129,7 @@ class ChatRows(Rows):
                 out.documents[i, start:end] = document
 
     def put_example(self, example: int, out: Block, i: int, start: int) -> int:
-        """Write an example into row `i` from a position on; returns the position after it."""
+        """Write one example into row `i` from a position on; return the position after it."""
         assert out.positions is not None
         first, last = int(self._starts[example]), int(self._starts[example + 1])
         ids = np.frombuffer(self._ids.read(4 * first, 4 * last), "<u4").astype(np.int64)

@@ -1,8 +1,8 @@
-"""Conversations to tokens, with a mark on each token that is learned.
+"""Turn conversations into tokens, with a flag for each token that is learned.
 
-The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). Where the template
-marks what the assistant says (`{% generation %}`), those marks count. Where it does not, data/assistant_turns.py finds
-each turn in the rendered text, or the example is refused.
+The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). If the template marks
+what the assistant says (`{% generation %}`), those marks count. Otherwise data/assistant_turns.py finds each turn in
+the rendered text, or the example is refused.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from llmfoundry.data.limits import SECONDS, Exceeded, bounded
 from llmfoundry.data.tables import lone_surrogate
 from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
 
-# Of a tokenizer without a template.
+# For tokenizers without a template.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# What a template's code raises for messages that it cannot render.
+# Exceptions that a template raises for messages that it cannot render.
 REFUSALS = (
     TemplateError, SyntaxError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
 )  # fmt: skip
-CHARACTERS = 2**26  # of the longest text that a template may write
-SECONDS_OF_MESSAGE = 0.1  # beside SECONDS: each turn is looked for in several renderings of all
-# What a template writes like a special token, of which the tokenizer may know nothing.
+CHARACTERS = 2**26  # maximum length of a rendered text
+SECONDS_OF_MESSAGE = 0.1  # in addition to SECONDS: each turn is searched in several renderings of the conversation
+# Texts that look like special tokens, although the tokenizer may not define them.
 _SPECIAL = re.compile(r"<[|｜][^<>|｜{}'\"\s]+[|｜]>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -46,39 +46,39 @@ Responses = Literal["all", "last"]
 
 
 class Tokens(NamedTuple):
-    """A tokenised example."""
+    """A tokenized example."""
 
     ids: NDArray[np.int64]  # (n,)
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
-    inside: int = 0  # turns of the assistant that the template renders otherwise inside than at the end
-    without_calls: bool = False  # whether the template leaves out calls of tools
+    inside: int = 0  # assistant turns that are rendered differently inside a conversation than at its end
+    without_calls: bool = False  # whether the template omits tool calls
 
 
 class _Said(NamedTuple):
     """A rendered conversation."""
 
     text: str
-    spans: list[Span]  # that are learned, in characters
+    spans: list[Span]  # learned spans, in characters
     inside: int  # as in Tokens
     without_calls: bool
 
 
 class Targets(NamedTuple):
-    """What is learned of an example."""
+    """Which parts of an example are learned."""
 
     responses: Responses = "all"
     prompts: int | None = None  # prompts of this many tokens or more are learned too; None: never
 
 
 class Renderer:
-    """Makes tokens of examples with a tokenizer.
+    """Tokenizes examples.
 
     Args:
-        template: used in place of the tokenizer's own; ChatML if both are missing.
+        template: replaces the tokenizer's own template; ChatML is used if both are missing.
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is not valid Jinja.
+        ConfigError: if the tokenizer cannot map tokens to characters, or the template is not valid Jinja.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Renderer:
         own = tokenizer.chat_template
         if template is None and isinstance(own, dict):
             own = own.get("default")
-        self.own = template is None and own is not None  # whether the template is the tokenizer's
+        self.own = template is None and own is not None  # whether the template belongs to the tokenizer
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._eos = str(tokenizer.eos_token)
         tokens = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
@@ -111,14 +111,14 @@ class Renderer:
             raise ConfigError(f"{where}: line {error.lineno}: {said}") from None
         except Exceeded as error:
             raise ConfigError(f"{where}: {error} for one message") from None
-        except REFUSALS:  # a message is missing, maybe
+        except REFUSALS:  # it may require other messages
             pass
 
     def tokens(self, example: Example) -> Tokens:
-        """The tokens of an example.
+        """Tokenize one example.
 
         Raises:
-            ValueError: the template refuses it, or does not render turns one after the other.
+            ValueError: if the template refuses the example, or does not render turns one after the other.
         """
         if isinstance(example, Conversation):
             return self._conversation(example)
@@ -145,7 +145,7 @@ class Renderer:
         return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
 
     def _said(self, example: Conversation) -> _Said:
-        """The text of a conversation, and what of it is learned."""
+        """Render a conversation and find the spans that are learned."""
         example = example._replace(messages=in_form(example.messages, self._arguments))
         messages = example.messages
         text = self._render(example, messages)
@@ -179,13 +179,13 @@ class Renderer:
         return self._rendered(example, messages, prompt)[0]
 
     def _marked(self, example: Conversation) -> list[Span]:
-        """Where the template says that the assistant speaks, in characters."""
+        """Return the spans, in characters, that the template marks as the assistant's."""
         return self._rendered(example, example.messages, False, marks=True)[1]
 
     def _rendered(
         self, example: Conversation, messages: Sequence[Message], prompt: bool, marks: bool = False
     ) -> tuple[str, list[Span]]:
-        """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
+        """Render with `tokenizer.apply_chat_template`; with `marks`, also return the spans that the template marks."""
         template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
         try:
             return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
@@ -202,17 +202,17 @@ def _is_learned(message: Message) -> bool:
 def rendered(
     tokenizer: PreTrainedTokenizerBase, template: str, example: Conversation, prompt: bool, marks: bool = False
 ) -> tuple[str, list[Span]]:
-    """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks.
+    """Render with `tokenizer.apply_chat_template`; with `marks`, also return the spans that the template marks.
 
     Args:
-        prompt: whether the assistant's turn is opened at the end.
+        prompt: open the assistant's turn at the end.
 
     Raises:
-        TemplateError: the template refuses the messages; a TypeError or another of its code's errors likewise.
-        Exceeded: the text has more than CHARACTERS.
+        TemplateError: if the template refuses the messages. Errors of its own code, such as TypeError, pass through.
+        Exceeded: if the text is longer than CHARACTERS.
     """
     words: dict = {**tokenizer.special_tokens_map, **example.template}
-    found: object = render_jinja_template(  # (texts, spans of each), though it says str
+    found: object = render_jinja_template(  # (texts, spans of each), although it is annotated as str
         [list(example.messages)], tools=list(example.tools) if example.tools else None, chat_template=template,
         return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def rendered(
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens stand for a character of a span."""
+    """For each token, whether it overlaps one of the spans."""
     found = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
         found |= (offsets[:, 1] > start) & (offsets[:, 0] < end)

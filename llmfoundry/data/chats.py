@@ -1,9 +1,9 @@
-"""`finetuning`: conversations and instructions as a dataset, each a document of its own.
+"""The `finetuning` dataset: conversations and instructions, each a document of its own.
 
     rows of a table (local files, the hub, MDS) > conversations.py > chat_template.py > tokens on disk, once > rows
 
-Where attention keeps documents apart (`attn_uses_sequence_id`), examples share rows (data/bins.py), and positions start
-anew in each. Else each has a row of its own.
+If attention keeps documents apart (`attn_uses_sequence_id`), examples share rows (data/bins.py), and positions restart
+in each. Otherwise each example has a row of its own.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from llmfoundry.runtime import cache_root
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-_READERS = ("json", "csv", "parquet")  # names under which `datasets` reads files
+_READERS = ("json", "csv", "parquet")  # the names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
 
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/4"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/4"  # version of the tokenized rows; rows of another version are made again
 
-    path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
-    hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
-    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # to datasets.load_dataset
-    # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
-    # data's, e.g. {prompt: question, response: answer}
+    path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
+    hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
+    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # arguments of datasets.load_dataset
+    # `package.module:function`, which converts a row to a known format; or a mapping from our columns to the data's,
+    # e.g. {prompt: question, response: answer}
     preprocessing_fn: str | dict[str, str] | None = None
-    chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
-    target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last
-    target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
-    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
-    # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
+    chat_template: str | None = None  # replaces the tokenizer's template: a file, or the template itself
+    target_responses: Responses = "all"  # for conversations: learn all of the assistant's turns, or only the last
+    target_prompts: str = "none"  # none, all, or length>=N: also learn prompts of at least N tokens
+    skip_bad_rows: int = Field(default=0, ge=0)  # number of unreadable rows to skip before the data is refused
+    # accepted, without effect: examples share rows exactly if attention keeps them apart
     packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
-    decoder_only_format: Literal[True] = True  # always so: models are decoders
+    decoder_only_format: Literal[True] = True  # only true is supported: models are decoders
     allow_pad_trimming: bool = False  # accepted, without effect
     pad_to_longest: bool = False  # accepted, without effect
-    safe_load: bool = True  # always so: no code of a dataset is run
+    safe_load: bool = True  # accepted, without effect: a dataset's code never runs
     eos_token_id: int | None = None  # accepted, without effect
 
     @model_validator(mode="after")
@@ -91,7 +91,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     @property
     def _where(self) -> str | None:
-        """Local files; None for other places."""
+        """The local files; None for data from other places."""
         if self.path is not None or self.hf_name is None:
             return self.path
         if self.hf_name in _READERS:
@@ -109,7 +109,7 @@ class ChatsConfig(Folders, names=("chats",)):
         return self.hf_name if Path(self.hf_name).expanduser().is_dir() else None
 
     def build(self) -> Source:
-        """What is said in the examples: the text that a tokenizer learns from."""
+        """Return the text of the examples, on which a tokenizer is trained."""
         table = self._table()
         return Source(
             table.title, table.fingerprint, self._texts, files=table.files, summary=table.summary
@@ -134,7 +134,7 @@ class ChatsConfig(Folders, names=("chats",)):
         renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template; conversations are written in ChatML")
-        if not renderer.own:  # checkpoints and exports then carry the template that the model has learned
+        if not renderer.own:  # checkpoints and exports then include the template that the model was trained with
             tokenizer.chat_template = renderer.template
         encoder = Encoder(tokenizer, how.special).fingerprint()
         fingerprint = fingerprint_of(
@@ -165,7 +165,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {reason(error)}") from None
 
     def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
-        """What is made of the rows of a table; a row that is not an example is skipped or refused."""
+        """Convert the rows of a table; rows that are not examples are skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
         for row, at in table.rows:
@@ -212,7 +212,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
         try:
             found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
-        except Exception as error:  # the hub and its scripts fail in many ways
+        except Exception as error:  # the hub and dataset scripts raise many types
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")
             raise Gone(failed) from error
@@ -224,7 +224,7 @@ def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 
 
 def text_of(example: Example) -> str:
-    """What is said in an example."""
+    """Return the text of an example, without a template."""
     if isinstance(example, Conversation):
         return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
     return f"{example.prompt}{example.response}"

@@ -1,7 +1,7 @@
-"""Rows of a table as conversations: the formats in which chats and instructions are published.
+"""Read rows of a table as conversations, in the formats in which chats and instructions are published.
 
-A row is turned into messages in OpenAI's form, which the tokenizer's chat template renders, or into a prompt and its
-response, which are joined as they are.
+A row becomes a list of messages in OpenAI's format, which the tokenizer's chat template renders, or a prompt and a
+response, which are concatenated unchanged.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple, cast
 from llmfoundry.data import functions
 from llmfoundry.data.tables import Row
 
-Message = dict[str, object]  # role, content, and what else the template reads
+Message = dict[str, object]  # role, content, and other fields that the template reads
 
-# ShareGPT's names of the speakers, in small letters.
+# ShareGPT's names of the speakers, in lowercase.
 _SPEAKERS = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant",
@@ -23,7 +23,7 @@ _SPEAKERS = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Columns by which a format is known, in the order in which they are looked for.
+# Columns that identify a format, in the order in which they are checked.
 FORMATS = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
@@ -36,15 +36,15 @@ FORMATS = {
 
 
 class Conversation(NamedTuple):
-    """What one example is made of."""
+    """One example as messages."""
 
     messages: list[Message]
     tools: list[Row] | None = None  # JSON schemas
-    template: Row = {}  # more arguments of the chat template
+    template: Row = {}  # further arguments of the chat template
 
 
 class Pair(NamedTuple):
-    """A prompt and its response, which are joined as they are."""
+    """A prompt and its response, which are concatenated unchanged."""
 
     prompt: str
     response: str
@@ -55,10 +55,10 @@ Preprocess = Callable[[Row], Row]
 
 
 def example_of(row: Row) -> Example:
-    """The example in a row.
+    """Read the example in a row.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: if the row is not an example; the message says what is wrong with it.
     """
     present = {key: value for key, value in row.items() if value is not None}
     for columns in FORMATS.values():
@@ -97,7 +97,7 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
 
 
 def _history(pairs: object) -> list[Message]:
-    """The turns before an instruction: a list of pairs, of what the user and the assistant said."""
+    """Return the turns before an instruction, from a list of (user, assistant) pairs."""
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -119,10 +119,10 @@ def _as_turns(value: object, role: str, column: str) -> object:
 
 
 def conversation(messages: list[Message], row: Row) -> Conversation:
-    """A conversation with what else the row says of it.
+    """Build a conversation from messages and the row's other keys.
 
     Raises:
-        ValueError: it has no turn of the assistant, or what the row says of it is of another type.
+        ValueError: if no turn is the assistant's, or another key of the row has the wrong type.
     """
     system, template = row.get("system"), row.get("chat_template_kwargs") or {}
     if not isinstance(system, str | None):
@@ -153,7 +153,7 @@ def _tools(tools: object) -> list[Row] | None:
 def _turns(turns: object) -> list[Row]:
     if isinstance(turns, str):
         try:
-            turns = json.loads(turns)  # a cell of .csv, or a column of JSON
+            turns = json.loads(turns)  # a cell of a .csv file, or a JSON column
         except ValueError:
             raise ValueError(f"is a text, not a list of turns: {turns!r:.60}") from None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -180,7 +180,7 @@ def messages_of(turns: object) -> list[Message]:
 
 
 def _of_function(message: Message) -> Message:
-    """A message of a conversation in OpenAI's form of 2023: `function_call`, answered by the role `function`."""
+    """Convert a message in OpenAI's format of 2023: `function_call`, answered by the role `function`."""
     call = message.get("function_call")
     if call is not None:
         if not isinstance(call, dict) or "name" not in call:
@@ -191,7 +191,7 @@ def _of_function(message: Message) -> Message:
 
 
 def _joined(parts: list[object], number: int) -> str:
-    """The text of a content in parts: templates for texts would write it as a list of Python."""
+    """Join the parts of a content list into one text; templates for plain text would print the Python list."""
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
@@ -213,7 +213,7 @@ def _of_speaker(turn: Row) -> Message:
 
 
 def _calls(said: str) -> list[Row]:
-    """The calls of tools in a turn of `function_call`: JSON of one or several, each with name and arguments."""
+    """Parse the tool calls in a `function_call` turn: JSON of one or several calls, each with name and arguments."""
     try:
         found = json.loads(said)
     except ValueError:
@@ -226,12 +226,12 @@ def _calls(said: str) -> list[Row]:
 
 
 def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
-    """What `preprocessing_fn` names: a mapping from our columns to the data's, or `package.module:function`.
+    """Load what `preprocessing_fn` names: a mapping from our columns to the data's, or `package.module:function`.
 
-    The function is looked for in the working directory and in the files of `code_paths` too.
+    Functions are also looked for in the working directory and in the files of `code_paths`.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: if the function does not exist.
     """
     if given is None:
         return lambda row: row
@@ -251,7 +251,7 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
 
 
 def code_of(given: str | Mapping[str, str] | None) -> str:
-    """What decides the result of `preprocess`: the mapping, or the file in which the function is."""
+    """Return what decides the result of `preprocess`: the mapping itself, or the file that defines the function."""
     if not isinstance(given, str):
         return json.dumps(given)
     return functions.code_of(given, "preprocessing_fn")

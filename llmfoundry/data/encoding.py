@@ -1,4 +1,4 @@
-"""Documents to token ids, in batches, in this process or in several; the order and the ids are the same."""
+"""Tokenize documents in batches, in this process or in several, with the same ids in the same order."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from llmfoundry.config import ResourceError
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.tokenizer import Encoder, pieces
 
-# Characters handed to a tokenizer at a time: enough to keep all cores busy, little enough to stay in memory.
+# Characters passed to a tokenizer at a time: enough to keep all cores busy, and few enough to bound memory.
 BATCH_CHARACTERS = 2**22
 WORKER_CHARACTERS = 2**20  # the same for one of several processes
-_AHEAD = 3  # batches per worker that are under way
+_AHEAD = 3  # batches in flight per worker
 
 
 class Text(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
-    counts: Counts | None  # after the document that ends here; None: it goes on
+    counts: Counts | None  # after the document that ends here; None: it continues
 
 
 def encoded(
     documents: Iterable[tuple[str, Counts]], encoder: Encoder, dtype: np.dtype, workers: int = 0
 ) -> Iterator[tuple[Text, NDArray]]:
-    """Each text with its ids.
+    """Yield each text with its token ids.
 
     Args:
-        documents: with the counts after each.
-        dtype: of the ids.
-        workers: processes that tokenise, each on one core; 1: this one alone; 0: this one, with the tokenizer's own
-            threads.
+        documents: documents, each with the counts after it.
+        dtype: dtype of the ids.
+        workers: number of processes that tokenize, one core each; 1: this process only; 0: this process, with the
+            tokenizer's own threads.
 
     Raises:
-        ResourceError: a worker was killed.
+        ResourceError: if a worker was killed.
     """
     if workers <= 1:
         encode = encoder.ids if workers else encoder.encode
@@ -54,7 +54,7 @@ def encoded(
             found = encode([each.text for each in batch])
             yield from zip(batch, (np.asarray(ids, dtype) for ids in found), strict=True)
         return
-    # Forked, so that workers have the tokenizer without importing anything; they start no threads.
+    # Forked, so that workers inherit the tokenizer without importing anything; they start no threads.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start, (encoder, dtype, os.getpid()))
     waiting: deque[tuple[list[Text], Future[tuple[NDArray, list[int]]]]] = deque()
@@ -81,18 +81,18 @@ def _received(batch: list[Text], future: Future[tuple[NDArray, list[int]]]) -> I
         start += length
 
 
-_encoder: Encoder | None = None  # of a worker
+_encoder: Encoder | None = None  # in a worker
 _dtype: np.dtype
 
 
 def _start(encoder: Encoder, dtype: np.dtype, parent: int) -> None:
     global _encoder, _dtype
     _encoder, _dtype = encoder, dtype
-    gc.freeze()  # what is forked is not looked through again: that would copy every page of it
+    gc.freeze()  # keeps the garbage collector from touching, and so copying, the forked pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with it, however it ends
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the parent does, however it ends
     if os.getppid() != parent:
         os._exit(1)
 
@@ -104,7 +104,7 @@ def _encode(texts: list[str]) -> tuple[NDArray, list[int]]:
 
 
 def _batches(documents: Iterable[tuple[str, Counts]], size: int) -> Iterator[list[Text]]:
-    """Texts in batches of bounded size."""
+    """Group texts into batches of bounded size."""
     batch: list[Text] = []
     characters = 0
     for document, counts in documents:

@@ -1,7 +1,7 @@
-"""Files of text: which there are below a path, what kind each is, and whether each is whole and UTF-8.
+"""Find text files below a path, tell their kinds, and check that each is complete and UTF-8.
 
-Every file is read once when a dataset is built, for its digest. That pass finds what reading would find late or never:
-other encodings, archives that were cut short, lines and archives that would fill the memory.
+Every file is read once when a dataset is built, to compute its digest. The same pass finds problems that reading would
+find late or never: other encodings, truncated archives, and lines or archives that would fill the memory.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from llmfoundry.config import ConfigError, ResourceError, is_url, reason
 from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import Store
 
-# Endings of files, and how each kind is read: whole as one document, or as a table with a document per row.
+# File endings, and how each type is read: as one document, or as a table with a document per row.
 FORMATS = {
     ".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
     ".parquet": "parquet", ".md": "text",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # after any ending but .parquet
 KNOWN = f"{', '.join(FORMATS)}, compressed or not ({', '.join(COMPRESSIONS)})"
-LINE_BYTES = 2**26  # the longest line of .jsonl, or value of .json, that is read
-# Compressed text that unpacks to more than these many bytes and these many times its packed size is refused: text
-# shrinks by 3 to 20 times, and a bomb of 1 KB would take minutes to tokenise.
+LINE_BYTES = 2**26  # maximum length of a .jsonl line or .json value
+# Compressed text that unpacks to more than both limits is rejected: text shrinks by 3 to 20 times, and a 1 KB zip bomb
+# would take minutes to tokenize.
 TEXT_BYTES, TEXT_RATIO = 2**26, 200
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -48,44 +48,44 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 class Kind(NamedTuple):
     """How a file is read."""
 
-    ending: str  # without the compression's, in lower case
+    ending: str  # in lowercase, without that of the compression
     compression: str
 
     @property
     def format(self) -> str:
-        """One of the values of FORMATS."""
+        """The file's format: one of FORMATS."""
         return FORMATS[self.ending]
 
 
 class File(NamedTuple):
-    """A file of a dataset, here or elsewhere."""
+    """A file of a dataset, on this machine or elsewhere."""
 
-    path: Path  # here; of one elsewhere what is after `://`, for its ending and for messages
+    path: Path  # the local path; for remote files the part after `://`, for its ending and for messages
     size: int  # bytes
-    stamp: str  # changes with its contents
-    real: Path  # equal paths, equal files
-    remote: Callable[[], Path] | None = None  # fetches it
+    stamp: str  # changes when the contents change
+    real: Path  # equal for equal files
+    remote: Callable[[], Path] | None = None  # fetches the file
 
     def here(self) -> Path:
-        """Where it is on this machine, fetched first if need be."""
+        """Return the file's path on this machine; a remote file is fetched first."""
         return self.path if self.remote is None else self.remote()
 
 
 class Found(NamedTuple):
-    """Files below a path."""
+    """The files below a path."""
 
     files: dict[str, File]  # by name relative to the folder, sorted
-    skipped: dict[str, list[str]]  # names of files that are not read, by their ending
+    skipped: dict[str, list[str]]  # names of files that are not read, by ending
 
 
 class Readable(Protocol):
-    """What bytes are read from: a file, or a stream that unpacks one."""
+    """A source of bytes: a file, or a stream that decompresses one."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
 
 def kind_of(path: Path) -> Kind | None:
-    """How a file is read, by its ending; None if it is not a text file."""
+    """Return how to read a file, by its name's ending; None if it is not a text file."""
     *_, first, last = ["", "", *(suffix.casefold() for suffix in path.suffixes)]
     if last in FORMATS:
         return Kind(last, "")
@@ -93,13 +93,13 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def file_at(path: Path) -> File:
-    """A file of this machine."""
+    """Return a file on this machine."""
     stat = path.stat()
     return File(path, stat.st_size, str(stat.st_mtime_ns), path.resolve())
 
 
 def ahead(files: Iterable[File]) -> Iterator[Path]:
-    """Where the files are; while one is read, the next is fetched."""
+    """Yield the paths of files; while one is read, the next is fetched."""
     with ThreadPoolExecutor(1, "fetch-ahead") as thread:
         following: Future[Path] | None = None
         for file, after in pairwise([*files, None]):
@@ -110,14 +110,14 @@ def ahead(files: Iterable[File]) -> Iterator[Path]:
 
 
 def find(where: str, store: Store) -> Found:
-    """Files below a folder, of a glob, or one file; what begins with a dot is left out, and README.md of a folder.
+    """Find the files below a folder, of a glob, or one file. Hidden files and a folder's README.md are left out.
 
     Args:
         where: a path or a URL.
-        store: fetches what is elsewhere.
+        store: fetches remote files.
 
     Raises:
-        ConfigError: there is none that is read, or a link leads nowhere.
+        ConfigError: if no readable file was found, or a link is broken.
     """
     if is_url(where):
         return _elsewhere(where, store)
@@ -134,7 +134,7 @@ def find(where: str, store: Store) -> Found:
     skipped: dict[str, list[str]] = defaultdict(list)
     for file in sorted(set(listed)):
         name = file.relative_to(root).as_posix()
-        if path.is_dir() and file.name.casefold() == "readme.md":  # about the data
+        if path.is_dir() and file.name.casefold() == "readme.md":  # describes the data
             skipped["README.md"].append(name)
         elif kind_of(file) is None:
             skipped[file.suffix.casefold() or "without ending"].append(name)
@@ -151,11 +151,11 @@ def find(where: str, store: Store) -> Found:
 
 
 def find_or_gone(where: str, store: Store) -> Found:
-    """`find` for a source whose tokens may be in the cache.
+    """Do the same as `find` for a source whose tokens may be in the cache.
 
     Raises:
-        ConfigError: what is there cannot be read.
-        Gone: nothing is there, or it is out of reach.
+        ConfigError: if the files cannot be read.
+        Gone: if the source does not exist or cannot be reached.
     """
     try:
         return find(where, store)
@@ -166,7 +166,7 @@ def find_or_gone(where: str, store: Store) -> Found:
 
 
 def _elsewhere(url: str, store: Store) -> Found:
-    """The same of a URL."""
+    """Do the same as `find` for a URL."""
     found = store.find(url)
     files: dict[str, File] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -187,15 +187,15 @@ def _elsewhere(url: str, store: Store) -> Found:
 
 
 def said_of(skipped: dict[str, list[str]]) -> str:
-    """E.g. `; skipped: 12 .png (e.g. images/a.png)`."""
+    """Return a note on skipped files, e.g. `; skipped: 12 .png (e.g. images/a.png)`."""
     parts = [f"{len(names)} {ending} (e.g. {names[0]})" for ending, names in skipped.items()]
     return f"; skipped: {', '.join(parts)}" if parts else ""
 
 
 def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Files below a folder, through links to folders too."""
+    """Yield the files below a folder; links to folders are followed."""
     real = folder.resolve()
-    if real in above:  # a link back up, to files that are listed already
+    if real in above:  # a link to a parent folder, whose files are already listed
         return
     try:
         inside = sorted(folder.iterdir())
@@ -219,7 +219,7 @@ def _refuse_broken_link(path: Path) -> None:
 
 
 def _fixed(pattern: Path) -> Path:
-    """The folders of a glob before its first wildcard."""
+    """Return the folders of a glob that come before its first wildcard."""
     parts = []
     for part in pattern.parts[:-1]:
         if glob.escape(part) != part:
@@ -229,7 +229,7 @@ def _fixed(pattern: Path) -> Path:
 
 
 def unpacked(raw: Readable, compression: str) -> BinaryIO:
-    """A stream of the contents, in memory that does not grow with them; damage raises one of UNREADABLE."""
+    """Decompress as a stream, in bounded memory; damage raises one of UNREADABLE."""
     file = cast(BinaryIO, raw)
     if compression == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
@@ -241,7 +241,7 @@ def unpacked(raw: Readable, compression: str) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """The contents of zstd frames, one after the other. zstandard's own reader takes a cut file for a shorter one."""
+    """The contents of consecutive zstd frames. zstandard's own reader does not notice a truncated file."""
 
     def __init__(self, packed: Readable) -> None:
         self._packed, self._rest, self._ready = packed, b"", memoryview(b"")
@@ -252,7 +252,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
-            # Little at a time: a block of 4 bytes may unpack to 128 KiB.
+            # In small pieces: a block of 4 bytes may unpack to 128 KiB.
             data = self._rest or self._packed.read(2**9)
             if not data and self._frame is None:
                 return 0
@@ -272,7 +272,7 @@ class _Zstd(io.RawIOBase):
 
 
 class _Hashed:
-    """Reads a file, and takes its digest on the way."""
+    """Reads a file and computes its digest along the way."""
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
         self._file, self._advance, self.sha = file, advance, hashlib.sha256()
@@ -285,14 +285,14 @@ class _Hashed:
 
 
 def checked_digest(path: Path, *, lenient: bool, advance: Callable[[int], None]) -> str:
-    """SHA-256 of a file that is whole and holds UTF-8 text in lines of bounded length.
+    """Compute the SHA-256 of a file and check that it is complete and holds UTF-8 text in lines of bounded length.
 
     Args:
-        lenient: leave it to the reader to find rows of .jsonl that are neither.
-        advance: told of the bytes read.
+        lenient: do not check the rows of .jsonl; the reader reports bad rows.
+        advance: called with the number of bytes read.
 
     Raises:
-        ConfigError: it is not, with the place and what to do.
+        ConfigError: if a check failed; the message says where and what to do.
     """
     kind = kind_of(path)
     assert kind is not None
@@ -315,7 +315,7 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
         while piece := file.read(2**20):
             if not seen:
                 _refuse_wide(path, kind, piece[:4096])
-            pending = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            pending = len(decoder.getstate()[0])  # bytes of a character that started in the previous piece
             if limit is not None and seen + len(piece) > limit:
                 raise ConfigError(
                     f"dataset.path: {path}: unpacks to more than {limit:,} bytes, {limit // path.stat().st_size:,} "
@@ -340,7 +340,7 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
 
 
 def _refuse_wide(path: Path, kind: Kind, start: bytes) -> None:
-    """Refuse UTF-16 and UTF-32: by the byte order mark, or by the zero bytes of most texts."""
+    """Refuse UTF-16 and UTF-32, found by the byte order mark or by the zero bytes of most texts."""
     marks = {
         codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
@@ -349,7 +349,7 @@ def _refuse_wide(path: Path, kind: Kind, start: bytes) -> None:
         if start.startswith(mark):
             raise _convert(path, kind, f"is {name} (by its byte order mark), not UTF-8", name.lower())
     units = len(start) // 4
-    zero = [2 * start[i : units * 4 : 4].count(0) > units for i in range(4)]  # most of the bytes at this place are
+    zero = [2 * start[i : units * 4 : 4].count(0) > units for i in range(4)]  # mostly zero at byte i of 4
     if units > 1 and any(zero):
         low, high = not zero[0] and zero[3], zero[0] and not zero[3]
         width = 32 if zero[2] and low or zero[1] and high else 16

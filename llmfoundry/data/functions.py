@@ -1,4 +1,4 @@
-"""Functions of a user that a YAML names: `package.module:function`, or `file.py:function`."""
+"""User functions that a YAML names as `package.module:function` or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmfoundry.config import ConfigError, import_code
 
 
 def imported(name: str, key: str) -> Callable:
-    """The function; modules are looked for in the working directory and among the files of `code_paths` too.
+    """Import a function. Modules are also looked for in the working directory and among the files of `code_paths`.
 
     Args:
-        key: that names it, for messages.
+        key: the YAML key that names the function, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is not a function.
+        ConfigError: if the name cannot be imported, or is not a function.
     """
     module_name, _, function = name.partition(":")
     where = f"{key}: {name}"
@@ -29,13 +29,13 @@ def imported(name: str, key: str) -> Callable:
     if module_name.endswith(".py"):
         import_code([module_name])
         module_name = Path(module_name).stem
-    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file of code_paths
+    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file from code_paths
     if module is None:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # the user's code may fail in any way
+        except Exception as error:  # user code may raise anything
             raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -44,10 +44,10 @@ def imported(name: str, key: str) -> Callable:
 
 
 def code_of(name: str, key: str) -> str:
-    """What decides the function's result: the file in which it is.
+    """Return the file that defines a function, which decides its result.
 
     Raises:
-        ConfigError: it is not written in Python, so there is no file to read.
+        ConfigError: if the function is not written in Python, so it has no file.
     """
     try:
         file = inspect.getsourcefile(imported(name, key))

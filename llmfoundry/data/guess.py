@@ -1,4 +1,4 @@
-"""What kind of dataset a path is, by its names and its first row."""
+"""Guess what kind of dataset a path holds, from file names and the first row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llmfoundry.runtime import cache_root
 
 
 def dataset_at(where: str) -> dict[str, object]:
-    """The settings of a dataset that reads a path.
+    """Return the settings of a dataset that reads a path.
 
     Raises:
-        ConfigError: there is nothing that is read here.
+        ConfigError: if the path holds nothing that can be read.
     """
     store = Store(cache_root())
     if is_url(where):

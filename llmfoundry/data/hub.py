@@ -1,7 +1,8 @@
-"""`hub`: a column of text of a dataset of the Hugging Face hub, by its name.
+"""The `hub` dataset: a text column of a dataset on the Hugging Face hub.
 
-`datasets` reads it, with its cache and its settings: HF_DATASETS_OFFLINE and HF_HUB_OFFLINE read only what is in the
-cache, HF_TOKEN opens what is private. With `streaming`, files are read as they come and not stored; only tokens are.
+`datasets` reads it, with its own cache and settings: HF_DATASETS_OFFLINE and HF_HUB_OFFLINE limit it to its cache, and
+HF_TOKEN gives access to private datasets. With `streaming`, files are read as they arrive and not stored; only tokens
+are.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ if TYPE_CHECKING:
 
 
 class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
-    """A dataset of the Hugging Face hub, or a folder that `datasets` can read, of texts to be packed."""
+    """A text dataset of the Hugging Face hub, or a folder that `datasets` can read. Its documents are packed."""
 
-    hf_name: str  # e.g. allenai/c4, or a folder
-    subset: str | None = None  # its configuration, e.g. en
+    hf_name: str  # a hub dataset, e.g. allenai/c4, or a folder
+    subset: str | None = None  # the dataset's configuration, e.g. en
     split: str = "train"  # type: ignore[assignment]  # as `datasets` writes it: train, validation, train[:1%]
     revision: str | None = None  # a commit, branch or tag; None: the newest
-    text_key: str = "text"  # the column with the text
-    streaming: bool = False  # read files as they come, without storing them
-    max_documents: int | None = Field(default=None, ge=1)  # read only this many, from the first; None: all
+    text_key: str = "text"  # the text column
+    streaming: bool = False  # read files as they arrive, without storing them
+    max_documents: int | None = Field(default=None, ge=1)  # read only this many documents, from the first; None: all
 
     def heap(self) -> str:
         return json.dumps(["hub", self.hf_name, self.subset, self.revision, self.split])
 
     def found(self) -> Source:
-        import datasets  # here, because it takes long to import and most runs do not need it
+        import datasets  # imported here, because it is slow to import and most runs do not need it
 
-        # `datasets` takes what it once stored of a folder for what the folder holds now.
+        # `datasets` would reuse what it once cached for a folder, even if the folder has changed.
         anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
         how = anew if Path(self.hf_name).is_dir() else {}
 
@@ -54,7 +55,7 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
         try:
             builder = datasets.load_dataset_builder(self.hf_name, self.subset, revision=self.revision)
             rows = first_of_node(f"the dataset {self.heap()}", load)
-        except Exception as error:  # the hub and its readers fail in many ways
+        except Exception as error:  # the hub and dataset readers raise many types
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(
                 f"dataset.hf_name: {self.hf_name}, subset {self.subset}, split {self.split}: cannot be loaded: "
@@ -65,13 +66,13 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
         if columns is not None and self.text_key not in columns:
             known = ", ".join(columns) + hint_of_chats(columns)
             raise ConfigError(f"dataset.text_key: {self.hf_name}: {self.text_key!r} is not among {known}")
-        # The builder's hash is of the revision of a hub dataset; files of this machine have their times.
+        # The builder's hash covers the revision of a hub dataset; local files are identified by their times.
         paths = (path for paths in (builder.config.data_files or {}).values() for path in map(Path, paths))
         files = [path for path in paths if path.is_file()]
         times = [(str(path), path.stat().st_mtime_ns) for path in files]
         data = (builder.hash or "", builder.config_id, str(builder.config.version), self.split, self.text_key, *times)
         title = f"hub-{self.split.partition('[')[0]}"
-        told = (builder.info.splits or {}).get(self.split)  # of a whole split
+        told = (builder.info.splits or {}).get(self.split)  # for the whole split
         n_bytes = told.num_bytes if told is not None and self.max_documents is None else None
         name = self.hf_name if self.subset is None else f"{self.hf_name}/{self.subset}"
         return Source(
@@ -94,7 +95,7 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
     def _rows(self, rows: Iterator[dict[str, object]]) -> Iterator[dict[str, object]]:
         try:
             yield from rows
-        except Exception as error:  # a stream is fetched as it is read
+        except Exception as error:  # a stream is fetched while it is read
             why = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"dataset.hf_name: {self.hf_name}: cannot be read: {type(error).__name__}: {why}"

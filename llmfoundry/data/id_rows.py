@@ -1,6 +1,6 @@
-"""`ids`: rows of token ids in a column of .jsonl, .json or .parquet, tokenised and cut elsewhere.
+"""The `ids` dataset: rows of token ids in a column of .jsonl, .json or .parquet files, tokenized and cut elsewhere.
 
-They are copied once into one file of ids, which every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
+The ids are copied once into one file that every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class IdsConfig(RowsConfig, names=("ids",)):
-    """Rows of token ids in tables. Each is taken as it is, cut to max_seq_len; its last token has no label."""
+    """Rows of token ids in tables. Each is used unchanged, truncated to max_seq_len; its last token has no label."""
 
-    path: DataPath  # a folder, a glob or one file, also by URL: .jsonl, .json, .parquet
-    ids_key: str = "input_ids"  # the column: a list of ids in each row
+    path: DataPath  # a folder, a glob or one file, also as a URL: .jsonl, .json, .parquet
+    ids_key: str = "input_ids"  # the column with a list of ids in each row
     # The id that ends a document inside a row; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
@@ -45,7 +45,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
         return json.dumps(["ids", self.path if is_url(self.path) else str(Path(self.path).resolve())])
 
     def build(self) -> Source:
-        """What tells whether two loaders read the same; it has no text."""
+        """Return a source without text, whose fingerprint tells whether two loaders read the same."""
         table = self._table()
         return Source(table.title, table.fingerprint, self._no_text, files=table.files, summary=table.summary)
 
@@ -89,7 +89,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     @staticmethod
     def _ids(found: object, length: int, largest: int) -> NDArray[np.int64]:
-        """The ids of a row; raises ValueError."""
+        """Return the ids in a row; raise ValueError."""
         if not isinstance(found, list) or not all(type(each) is int for each in found):
             raise ValueError(f"is {found!r:.60}, and must be a list of token ids")
         if len(found) < length:
@@ -102,7 +102,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
 
 class IdRows(Rows):
-    """Rows of a file of ids: the label of a token is the next one, and the last has none."""
+    """Rows of a file of ids. The label of a token is the next token; the last token has none."""
 
     def __init__(
         self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How, watch: Watch

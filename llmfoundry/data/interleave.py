@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 # The longest period. Shares with up to six decimals are exact; others are rounded to a multiple of 2^-20.
 PERIOD = 2**20
-_STEP = 2**14  # rows that are added to the table at a time
+_STEP = 2**14  # rows added to the table at a time
 
 
 def exact(weight: float) -> Fraction:
-    """A weight as it is written: 0.1 is 1/10."""
+    """Return a weight as it is written: 0.1 is 1/10."""
     return Fraction(repr(weight))
 
 
 def shares_of(weights: Sequence[Fraction]) -> list[int]:
-    """Integers in the ratio of the weights, whose sum is the period.
+    """Return integers in the ratio of the weights, whose sum is the period.
 
     Args:
         weights: positive.
@@ -45,7 +45,7 @@ def shares_of(weights: Sequence[Fraction]) -> list[int]:
         return whole
     least = [max(1, each * PERIOD // total) for each in whole]
     missing = PERIOD - sum(least)
-    # The largest remainders are rounded up. Where tiny shares were raised to 1, the largest share gives them.
+    # Largest remainders are rounded up. If tiny shares were raised to 1, the excess is taken from the largest share.
     order = sorted(range(len(whole)), key=lambda i: (-(whole[i] * PERIOD % total), i))
     for i in order[: max(missing, 0)]:
         least[i] += 1
@@ -55,7 +55,7 @@ def shares_of(weights: Sequence[Fraction]) -> list[int]:
 
 
 class Interleave:
-    """The source of each row, and which of that source's rows it is."""
+    """For each row of a mixture: its source, and its number within that source."""
 
     def __init__(self, shares: Sequence[int]) -> None:
         """Interleave sources.
@@ -65,27 +65,27 @@ class Interleave:
         """
         self.shares = np.array(shares, dtype=np.int64)  # (n_sources,)
         self.period = int(self.shares.sum())
-        self._sources = np.empty(0, dtype=np.int16)  # (rows so far,) of one period
-        self._ranks = np.empty(0, dtype=np.int32)  # (rows so far,) earlier rows of the same source in the period
+        self._sources = np.empty(0, dtype=np.int16)  # (rows so far,) for one period
+        self._ranks = np.empty(0, dtype=np.int32)  # (rows so far,) number of earlier rows of the source in the period
         self._had = np.zeros(len(shares), dtype=np.int64)
-        self._waiting: list[int] = []  # a heap of the rows that are released and not taken, as `_next` writes them
+        self._waiting: list[int] = []  # a heap of rows that are released but not taken, in the format of `_next`
 
     def at(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each row, and its number in that source's own order, both in the shape of `rows`."""
+        """Return the source of each row, and its number in that source's own order, both in the shape of `rows`."""
         periods, places = np.divmod(rows, self.period)
         self._reach(int(places.max(initial=-1)))
         sources = self._sources[places].astype(np.int64)
         return sources, periods * self.shares[sources] + self._ranks[places]
 
     def counts(self, n: int) -> NDArray[np.int64]:
-        """(n_sources,) rows of each source among the first n."""
+        """Return the number of rows of each source among the first n: (n_sources,)."""
         periods, rest = divmod(n, self.period)
         self._reach(rest - 1)
         here = np.bincount(self._sources[:rest], minlength=len(self.shares))
         return periods * self.shares + here
 
     def _reach(self, place: int) -> None:
-        """Extend the table to hold a place."""
+        """Extend the table so that it holds a place."""
         while place >= len(self._sources):
             first = len(self._sources)
             new = self._next(first + 1, min(first + _STEP, self.period))
@@ -98,14 +98,14 @@ class Interleave:
             self._ranks = np.concatenate([self._ranks, ranks])
 
     def _next(self, first: int, last: int) -> NDArray[np.int16]:
-        """The sources of rows [first, last] of a period, counted from 1; earlier rows are in the table."""
+        """Return the sources of rows [first, last] of a period, counted from 1. The table already has earlier rows."""
         n_sources, period, shares = len(self.shares), self.period, self.shares
-        # Source s has released ceil(row * share / period) rows by a row: those that are new here, by their release.
+        # Source s has released ceil(row * share / period) rows by any row. These are the newly released ones.
         before, by_now = (-(-row * shares // period) for row in (first - 1, last))
         source = np.repeat(np.arange(n_sources), by_now - before)
-        k = np.arange(len(source)) - np.repeat(np.cumsum(by_now - before) - by_now, by_now - before)  # from 0
+        k = np.arange(len(source)) - np.repeat(np.cumsum(by_now - before) - by_now, by_now - before)  # counted from 0
         release = k * period // shares[source] + 1
-        key = -(-(k + 1) * period // shares[source]) * n_sources + source  # by due date, then by source
+        key = -(-(k + 1) * period // shares[source]) * n_sources + source  # by due row, then by source
         order = np.argsort(release, kind="stable")
         releases, keys = release[order].tolist(), key[order].tolist()
         found, i, waiting = [], 0, self._waiting

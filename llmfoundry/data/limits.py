@@ -1,6 +1,6 @@
-"""Bounds on what the code of strangers may use: a chat template is a program, and may loop or build texts without end.
+"""Limits on untrusted code: a chat template is a program, and may loop forever or build endless texts.
 
-The bounds hold on every thread. One operation of Python, such as a power of large integers, is not cut short.
+The limits hold on every thread. A single Python operation, such as a power of large integers, cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import TypeVar
 
 try:
     import resource
-except ImportError:  # not on Windows
+except ImportError:  # not available on Windows
     resource = None  # type: ignore[assignment]
 
 Made = TypeVar("Made")
 
-SECONDS = 10.0  # of CPU time
-MEMORY = 2**31  # bytes that the process may grow by
-_INTERVAL = 0.1  # seconds between two looks at the clock
+SECONDS = 10.0  # CPU time
+MEMORY = 2**31  # bytes by which the process may grow
+_INTERVAL = 0.1  # seconds between checks of the clock
 
 
 class Exceeded(ValueError):
-    """A bound was reached."""
+    """A limit was reached."""
 
 
 class _OutOfTime(BaseException):
-    """Raised in the thread that is too slow. No Exception: nothing must catch it on the way."""
+    """Raised in the thread that is too slow. It is not an Exception, so that nothing on the way catches it."""
 
 
 class _Call:
-    """What one thread is doing."""
+    """The call that one thread is running."""
 
     def __init__(self, seconds: float) -> None:
         self.thread = threading.get_ident()
@@ -47,21 +47,21 @@ class _Call:
         return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
 
     def stop_if_late(self) -> None:
-        """By the watching thread."""
-        self._stopping = True  # first: `forget` waits for it
+        """Stop the call if it is late; called by the watching thread."""
+        self._stopping = True  # first, because `forget` waits for it
         if not self.done and self._now() > self._end:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_OutOfTime))
         self._stopping = False
 
     def forget(self) -> None:
-        """By the thread itself, when it is done: an exception that is not raised yet never will be."""
+        """End the watch; called by the thread itself. An exception that was not raised yet is dropped."""
         while self._stopping:
             time.sleep(0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
 
 
 class _Watch:
-    """A thread that looks at the clocks of calls. It sleeps while there are none."""
+    """A thread that watches the clocks of calls. It sleeps while there are none."""
 
     def __init__(self) -> None:
         self._calls: dict[_Call, None] = {}
@@ -93,14 +93,14 @@ _watch = _Watch()
 
 
 def bounded(made: Callable[[], Made], seconds: float = SECONDS, memory: int = MEMORY) -> Made:
-    """Call a function within bounds; it must not call this itself.
+    """Call a function within limits. The function must not call `bounded` itself.
 
     Args:
-        seconds: of this thread's CPU time (by the clock, where a system does not count it).
-        memory: bytes that the process may grow by, where a system can bound it.
+        seconds: the thread's CPU time (wall time on systems that do not count it).
+        memory: bytes by which the process may grow, on systems that can limit it.
 
     Raises:
-        Exceeded: it took more.
+        Exceeded: if the call exceeded a limit.
     """
     try:
         with _bounded_memory(memory):
@@ -117,20 +117,20 @@ def _in_time(made: Callable[[], Made], seconds: float) -> Made:
     except _OutOfTime:
         raise Exceeded(f"takes more than {seconds:.0f} seconds") from None
     finally:
-        call.done = True  # first: from here on, no exception is sent
+        call.done = True  # first: from here on, no exception is raised in this thread
         with suppress(_OutOfTime):
             call.forget()
         _watch.remove(call)
 
 
 _lock = threading.Lock()
-_bounding = 0  # calls, on all threads
-_before = (0, 0)  # the process's own bound: soft and hard
+_bounding = 0  # number of active calls, on all threads
+_before = (0, 0)  # the process's own limit: soft and hard
 
 
 @contextmanager
 def _bounded_memory(growth: int) -> Iterator[None]:
-    """The bound is the process's. Of several calls at once, the first sets it and the last lifts it."""
+    """Limit the memory of the process. Of several concurrent calls, the first sets the limit and the last lifts it."""
     global _bounding, _before
     with _lock:
         if not _bounding:
@@ -146,7 +146,7 @@ def _bounded_memory(growth: int) -> Iterator[None]:
 
 
 def _bound(growth: int) -> tuple[int, int]:
-    """Bound the memory that the process may write to, if Linux says how much that is now; returns the bound before."""
+    """Limit the process's writable memory, if Linux reports the current amount; return the previous limit."""
     if resource is None:
         return 0, 0
     before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -159,7 +159,7 @@ def _bound(growth: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _memory(moment: int, process: int) -> int | None:
-    """Bytes that the process may write to; None where Linux does not say. It is read once a moment: that takes long."""
+    """Return the process's writable memory in bytes; None if Linux does not report it. Cached, as reading is slow."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()

@@ -2,7 +2,7 @@
 
 Shapes: B rows, S max_seq_len.
 Row n of a run depends only on (seed, n); data/rows.py says how. So the order does not depend on ranks, workers or
-microbatches, the state of the loader is the number of rows consumed, and a batch may span two epochs.
+microbatches, the loader's state is the number of rows consumed, and a batch may span two epochs.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, and for each token the one that follows it."""
+    """Rows of tokens, and for each token its label, the token that follows it."""
 
     tokens: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE where nothing is predicted
-    rows: Tensor  # (B,) int64, each row's number in the run
+    rows: Tensor  # (B,) int64, each row's index in the run
     sequence_ids: Tensor | None = None  # (B, S) int32, each token's document, counted from the row's start
     positions: Tensor | None = None  # (B, S) int64, each token's place in its document; None: in its row
     sources: Tensor | None = None  # (B,) int64, each row's source, by its place in a mixture
 
     @property
     def n_labels(self) -> Tensor:
-        """() int64: labels that count."""
+        """Number of labels that count: () int64."""
         return (self.labels != IGNORE).sum()
 
     def split(self, rows: int) -> list[Batch]:
-        """Microbatches of at most `rows` rows, in order."""
+        """Split into microbatches of at most `rows` rows, in order."""
         return [self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -54,18 +54,18 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.labels), change(self.rows), *optional)
 
 
-KINDS = {"finetuning": "chats", "preferences": "preferences"}  # of the datasets that loaders of a name read
+KINDS = {"finetuning": "chats", "preferences": "preferences"}  # the dataset that a loader of this name reads
 
 
 class LoaderConfig(Choice, tag="name"):
     """A dataset and how its rows are read. `name: text` may be left out."""
 
     name: str = "text"  # the kind of rows
-    dataset: DatasetConfig  # what is read; its name may be left out where the loader's name or its keys say it
-    drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
-    num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
-    label: str | None = None  # of one of eval_loaders: its name in the metrics
-    rows: int | None = Field(default=None, ge=1)  # for evaluation: the largest number of rows to read; None: all
+    dataset: DatasetConfig  # the dataset; its name may be left out if the loader's name or the dataset's keys imply it
+    drop_last: bool = False  # in training, drop the last, partly filled row of an epoch; evaluation never does
+    num_workers: int = Field(default=0, ge=0)  # 0: read each batch on demand; more: a thread reads the next batch ahead
+    label: str | None = None  # in eval_loaders: the name in metrics
+    rows: int | None = Field(default=None, ge=1)  # for evaluation: maximum number of rows to read; None: all
 
     @model_validator(mode="wrap")
     @classmethod
@@ -79,9 +79,9 @@ class LoaderConfig(Choice, tag="name"):
 
     @staticmethod
     def _without_shorthand(data: object) -> object:
-        """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`.
+        """Expand shorthand: `datasets: [...]` beside the loader's keys means a dataset of the kind `mixture`.
 
-        A dataset without a name is what its loader or its keys say.
+        A dataset without a name gets the one that its loader or its keys imply.
         """
         if not isinstance(data, dict):
             return data
@@ -106,10 +106,10 @@ class LoaderConfig(Choice, tag="name"):
         return self
 
     def datasets(self, where: str) -> dict[str, DatasetConfig]:
-        """Its dataset, or each of a mixture, by its place in the YAML.
+        """Return the dataset, or each dataset of a mixture, by its place in the YAML.
 
         Args:
-            where: the loader's own place.
+            where: the loader's place in the YAML.
         """
         parts = self.dataset.parts()
         return {where: parts[0]} if len(parts) == 1 else {f"{where}.{i}": part for i, part in enumerate(parts)}
@@ -128,7 +128,7 @@ class LoaderConfig(Choice, tag="name"):
         Args:
             seed: the run's seed; `dataset.shuffle_seed` takes precedence.
             max_seq_len: tokens per row; `dataset.max_seq_len` takes precedence.
-            sequence_ids: whether batches contain the number of each token's document.
+            sequence_ids: whether batches contain the document number of each token.
             special: the rule for special tokens.
         """
         length = self.dataset.max_seq_len or max_seq_len
@@ -139,19 +139,19 @@ class LoaderConfig(Choice, tag="name"):
 
 
 class TextLoaderConfig(LoaderConfig, names=("text",)):
-    """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or rows that a dataset makes itself."""
+    """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or datasets that make their own rows."""
 
 
 class FinetuningLoaderConfig(LoaderConfig, names=("finetuning",)):
-    """Conversations and instructions (data/chats.py); its dataset needs no name."""
+    """Conversations and instructions (data/chats.py); the dataset needs no name."""
 
 
 class PreferencesLoaderConfig(LoaderConfig, names=("preferences",)):
-    """Pairs of answers (data/preferences.py); its dataset needs no name."""
+    """Pairs of answers (data/preferences.py); the dataset needs no name."""
 
 
 class Loader:
-    """Serves any rows of an endless sequence of epochs, or one pass over the data. It has no state."""
+    """Serves rows of an endless sequence of epochs, or one pass over the data. It has no state."""
 
     def __init__(
         self, order: Order, *, read_ahead: bool = False, label: str | None = None, limit: int | None = None
@@ -159,8 +159,8 @@ class Loader:
         """Serve the rows of an order.
 
         Args:
-            read_ahead: a thread reads the next batch while this one is used.
-            label: its name in the metrics of an evaluation.
+            read_ahead: a thread reads the next batch while the current one is used.
+            label: the loader's name in evaluation metrics.
             limit: rows that one pass reads; None: all.
         """
         self.label, self.limit = label, limit
@@ -168,10 +168,10 @@ class Loader:
         self.max_seq_len, self.fingerprint = order.length, order.fingerprint
         self.rows_per_epoch, self.labels = order.rows_per_epoch, order.labels
         once = order.once
-        self.n_rows = once.n_rows if once is not None else 0  # of one pass; the last may be partly filled
+        self.n_rows = once.n_rows if once is not None else 0  # in one pass; the last may be partly filled
         self.n_tokens = once.n_tokens if once is not None else 0  # labels in one pass
         self.n_bytes = once.n_bytes if once is not None else None  # of the text as UTF-8
-        self._reading = Lock()  # orders keep what they have computed: one thread at a time
+        self._reading = Lock()  # orders cache what they compute, so only one thread may read at a time
         self._thread = ThreadPoolExecutor(1, "read-ahead") if read_ahead else None
         self._ahead: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
 
@@ -190,7 +190,7 @@ class Loader:
         return batch
 
     def one_pass(self, n_rows: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[Batch]:
-        """Every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
+        """Yield every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
 
         Every batch has the same shape on every rank, as collectives and compiled models need: past the end, rows have
         no labels. The sum of nats over these labels / ln 2 / `n_bytes` is the loss in bits per byte; it includes the
@@ -215,7 +215,7 @@ class Loader:
         return self.gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
 
     def gather(self, rows: NDArray[np.int64]) -> Batch:
-        """Any rows of the run, by their numbers."""
+        """Read any rows of the run, by their numbers."""
         with self._reading:
             return _batch_of(rows, self.order.read(rows))
 

@@ -40,12 +40,12 @@ _ARRAY_CODES = {
 }  # fmt: skip
 _SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _SAMPLED = 16 * 1024  # bytes
-_OPEN_SHARDS = 16  # kept open
+_OPEN_SHARDS = 16  # shards kept open
 REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", "list[jpeg]", "list[png]")
 
 
 def _sampled(path: Path) -> bytes:
-    """Some of the bytes of a file: of its start, its middle and its end."""
+    """Some bytes of a file: from its start, its middle and its end."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         found = []
@@ -56,7 +56,7 @@ def _sampled(path: Path) -> bytes:
 
 
 class Shard(NamedTuple):
-    """One file of samples, as index.json lists it."""
+    """One shard of samples, as index.json lists it."""
 
     name: str
     samples: int
@@ -77,7 +77,7 @@ class MDSFolder:
         remote: the folder's files by their names, and what fetches them; `folder` is then for messages.
 
     Raises:
-        ConfigError: index.json is missing or malformed, or has columns that would need code or images.
+        ConfigError: if index.json is missing or malformed, or has columns that would need code or images.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class MDSFolder:
         return int(self._starts[-1])
 
     def sample(self, number: int) -> Sample:
-        """One sample by its number in the folder.
+        """Read one sample by its number in the folder.
 
         Raises:
-            IndexError: there is no such sample.
-            ConfigError: its shard is missing or damaged.
+            IndexError: if the number is out of range.
+            ConfigError: if the sample's shard is missing or damaged.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.folder}: sample {number} of {len(self)}")
@@ -133,15 +133,15 @@ class MDSFolder:
         return name in self._elsewhere if self._store is not None else (self.folder / name).is_file()
 
     def _here(self, name: str) -> Path | None:
-        """A file of the folder, fetched if it is elsewhere; None if there is no such file."""
+        """Return the local path of a file of the folder, fetched first if it is remote; None if it does not exist."""
         if not self._has(name):
             return None
         return self.folder / name if self._store is None else self._store.fetch(self._elsewhere[name])
 
     def _fingerprint(self, text: bytes) -> str:
-        """Of the index, which names every shard's size and mostly its hashes; of a shard without, a part is read.
+        """Return a fingerprint of the index, which lists each shard's size and usually its hashes.
 
-        Of a shard elsewhere it is the store's word for its version.
+        Of a shard without hashes some bytes are read; of a remote one, the store's version of the file is used.
         """
         digest = hashlib.sha256(text)
         for shard in self.shards:
@@ -199,7 +199,7 @@ class MDSFolder:
         return data
 
     def _unpacked(self, shard: Shard) -> Path:
-        """The shard without its compression, from the cache."""
+        """Return the decompressed shard, from the cache."""
         name = shard.packed
         if name is None or not self._has(name):
             raise ConfigError(f"{self.folder / shard.name}: is missing")
@@ -219,7 +219,7 @@ class MDSFolder:
 
 
 def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
-    """The index in a file; `path` is its place, for messages."""
+    """Read the index from a file; `path` is its place, for messages."""
     try:
         text = read_plain(file)
         index = parse_json(text)
@@ -243,7 +243,7 @@ def _shard(entry: Mapping) -> Shard:
     raw, packed = entry["raw_data"], entry.get("zip_data")
     names = [raw["basename"], *([packed["basename"]] if packed else [])]
     if any(Path(name).name != name or name in ("", ".", "..") for name in names):
-        raise ValueError(f"a shard is named {names}")  # an index may not point outside its folder
+        raise ValueError(f"a shard is named {names}")  # the index must not refer to files outside of its folder
     return Shard(
         raw["basename"], whole_number(entry["samples"]), whole_number(raw["bytes"]), dict(raw.get("hashes") or {}),
         packed["basename"] if packed else None, dict(packed.get("hashes") or {}) if packed else {},
@@ -305,21 +305,21 @@ def _unpack(path: Path, content: bytes, shard: Shard) -> bytes:
     unpack = _codec(shard.compression, pack=False)
     try:
         data = unpack(content)
-    except Exception as error:  # each codec has errors of its own
+    except Exception as error:  # each codec raises its own types
         raise ConfigError(f"{path}: is not whole {shard.compression}: {error}") from None
     if len(data) != shard.n_bytes:
         raise ConfigError(f"{path}: unpacks to {len(data)} bytes, where the index has {shard.n_bytes}")
     return data
 
 
-Decoder = tuple[int | None, Callable[[bytes], Value]]  # (bytes if fixed, function)
+Decoder = tuple[int | None, Callable[[bytes], Value]]  # (number of bytes if fixed, function)
 
 
 def _decoder(encoding: str, where: Path) -> Decoder:
-    """How a column is read.
+    """Return the function that decodes a column.
 
     Raises:
-        ConfigError: the encoding is not known.
+        ConfigError: if the encoding is not known.
     """
     if encoding == "int":
         return 8, lambda data: int(np.frombuffer(data, "<i8")[0])
@@ -393,18 +393,18 @@ def _encode_array(encoding: str, array: NDArray) -> bytes:
 
 
 class MDSWriter:
-    """Writes a folder that mosaicml-streaming reads. Use it in a with block; index.json is written at its end.
+    """Writes a folder that mosaicml-streaming reads. Use it in a with block; index.json is written at the end.
 
     Args:
         out: a folder that does not exist, or is empty.
         columns: encoding of each column, in order, e.g. {"tokens": "ndarray:int32"}.
         compression: null, zstd[:level], gz[:level], bz2[:level], br[:level] or snappy.
-        hashes: names of hashlib or xxhash functions, kept in the index for every file.
+        hashes: names of hashlib or xxhash functions; the index keeps these hashes of every file.
         size_limit: bytes of a shard before compression.
-        url: a folder of a store, to which each file is moved when it is complete.
+        url: a folder in a store; each file is moved there when it is complete.
 
     Raises:
-        ConfigError: the folder holds something, or a column or a compression is not known.
+        ConfigError: if the folder is not empty, or a column's encoding or the compression is not known.
     """
 
     def __init__(
@@ -425,12 +425,12 @@ class MDSWriter:
         self.compression, self.hashes, self.size_limit = compression, list(hashes), size_limit
         self._rows: list[bytes] = []
         self._header = json.dumps(self._facts(), sort_keys=True).encode()
-        self._empty = 4 + 4 + len(self._header)  # bytes of a shard without samples
+        self._empty = 4 + 4 + len(self._header)  # size of a shard without samples
         self._bytes = self._empty
         self._shards: list[dict] = []
 
     def write(self, sample: Mapping[str, Value]) -> None:
-        """Add a sample, which has a value for each column."""
+        """Add a sample, which must have a value for each column."""
         parts = [_encode(encoding, sample[name]) for name, encoding in self.columns.items()]
         lengths = [len(part) for part, size in zip(parts, self._sizes, strict=True) if size is None]
         row = np.array(lengths, "<u4").tobytes() + b"".join(parts)
@@ -440,7 +440,7 @@ class MDSWriter:
         self._bytes += 4 + len(row)
 
     def finish(self) -> None:
-        """Write what is left, and the index."""
+        """Write the last shard and the index."""
         if self._rows:
             self._close_shard()
         index = {"version": 2, "shards": self._shards}

@@ -1,6 +1,6 @@
-"""`mds`: folders of mosaicml-streaming as a dataset: rows of tokens as they are, or texts that are packed like others.
+"""The `mds` dataset: folders of mosaicml-streaming, as rows of tokens, or as texts that are packed like others.
 
-The samples of a folder are found by their number, so row n is a function of (seed, n) here too, on any number of ranks.
+Samples are found by their number, so row n is a function of (seed, n) here too, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is done otherwise here.
+# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which works differently here.
 TUNING = (
     "shuffle_algo", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
@@ -40,14 +40,14 @@ TUNING = (
 
 
 class Stream(Config):
-    """One folder of a dataset of several. Of the last three keys, one may be given."""
+    """One folder of a dataset with several. At most one of the last three keys may be given."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
-    split: str | None = None  # None: the dataset's
-    proportion: float | None = Field(default=None, gt=0)  # of the rows of an epoch
-    repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each of its rows
-    choose: int | None = Field(default=None, ge=1)  # rows of it in an epoch
+    remote: str | None = None  # used if local has no shards: a folder, or a URL whose shards are fetched
+    split: str | None = None  # None: the dataset's split
+    proportion: float | None = Field(default=None, gt=0)  # share of the rows of an epoch
+    repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each row of this stream
+    choose: int | None = Field(default=None, ge=1)  # rows of this stream in an epoch
 
     @model_validator(mode="wrap")
     @classmethod
@@ -63,10 +63,10 @@ class Stream(Config):
 
 
 class Folders(RowsConfig):
-    """Root of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
+    """Base of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
+    remote: str | None = None  # used if local has no shards: a folder, or a URL whose shards are fetched
     streams: dict[str, Stream] | None = Field(
         None, min_length=1
     )  # several folders, by name, in place of local and remote
@@ -77,11 +77,11 @@ class Folders(RowsConfig):
         return check(without_tuning(data))
 
     def folders(self) -> list[MDSFolder]:
-        """The folders, opened.
+        """Open the folders.
 
         Raises:
-            ConfigError: one is damaged.
-            Gone: one is not there.
+            ConfigError: if a folder is damaged.
+            Gone: if a folder does not exist.
         """
         if self.streams is None:
             return [self._open(Stream(local=self.local, remote=self.remote), "dataset")]
@@ -117,13 +117,13 @@ class Folders(RowsConfig):
         )
 
     def places(self) -> list[str]:
-        """Paths and URLs that it is read from."""
+        """Return the paths and URLs that the dataset reads."""
         streams = [Stream(local=self.local, remote=self.remote), *(self.streams or {}).values()]
         return [place for stream in streams for place in (stream.local, stream.remote) if place is not None]
 
     @property
     def _split(self) -> str:
-        """The folder below local and remote."""
+        """The split's folder below local and remote."""
         return self.split if "split" in self.model_fields_set else ""
 
     def heap(self) -> str:
@@ -131,7 +131,7 @@ class Folders(RowsConfig):
 
 
 def without_tuning(data: object) -> object:
-    """Leave out, with a note, keys that change nothing here."""
+    """Drop keys that have no effect here, with a note."""
     if not isinstance(data, dict):
         return data
     if data.get("epoch_size") is not None:
@@ -148,10 +148,12 @@ def without_tuning(data: object) -> object:
 class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
-    token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"  # of a column of bytes
-    # Ends documents inside rows of tokens; None: the tokenizer's
+    # Dtype of a token column that is stored as bytes
+    token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"
+    # The id that ends documents inside rows of tokens; None: the tokenizer's
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
-    bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)  # or: begins them
+    # The id that starts documents, instead of eos_token_id
+    bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -164,7 +166,7 @@ class MDSConfig(Folders, names=("mds",)):
         return self
 
     def build(self) -> Source:
-        """The texts of all folders."""
+        """Return the texts of all folders."""
         memory = self.memory(*self.places())
         try:
             folders = self.folders()
@@ -182,7 +184,7 @@ class MDSConfig(Folders, names=("mds",)):
         try:
             folders = self.folders()
         except Gone:
-            return self._packed(tokenizer, how)  # of texts, the tokens may be in the cache
+            return self._packed(tokenizer, how)  # the token ids of texts may be cached
         tokens = {"tokens" in folder.columns for folder in folders}
         if len(tokens) > 1:
             raise ConfigError("dataset.streams: some hold tokens and others text; make two datasets of them")
@@ -208,7 +210,7 @@ class MDSConfig(Folders, names=("mds",)):
         return epochs_of(StreamRows(stream, source.title, how), self, how)
 
     def _mixed(self, streams: list[Stream], rows: Sequence[Rows], how: How) -> Order:
-        """Streams with counts of rows in an epoch: a mixture in the ratio of these."""
+        """Streams with a number of rows per epoch, as a mixture in that ratio."""
         proportions = [stream.proportion for stream in streams]
         if any(proportions) and not all(proportions):
             raise ConfigError("dataset.streams: some have a proportion and others do not; give it to all, or to none")
@@ -238,13 +240,13 @@ def _texts(folders: Sequence[MDSFolder]) -> Iterator[str]:
 
 
 def samples(folders: Sequence[MDSFolder]) -> Iterator[Sample]:
-    """All samples, in order."""
+    """Yield all samples, in order."""
     for folder in folders:
         yield from (folder.sample(number) for number in range(len(folder)))
 
 
 class _TokenRows(Rows):
-    """Samples of max_seq_len tokens, each a row: the label of a token is the next one, and the last has none."""
+    """Samples of max_seq_len tokens, one per row. The label of a token is the next token; the last has none."""
 
     def __init__(self, folder: MDSFolder, config: MDSConfig, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
         self.title, self.length = str(folder.folder), how.length
@@ -294,7 +296,7 @@ class _TokenRows(Rows):
 
 
 class _Joined(Rows):
-    """Several sets of rows, one after the other."""
+    """Several sets of rows, concatenated."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts

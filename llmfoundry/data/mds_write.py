@@ -1,4 +1,4 @@
-"""Write a tokenised dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
+"""Write a tokenized dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from llmfoundry.data.packing import TokenStream
 from llmfoundry.data.remote import listing
 from llmfoundry.progress import progress
 
-COLUMNS = {"tokens": "ndarray:int32"}  # as LLM Foundry 0.22 writes them
+COLUMNS = {"tokens": "ndarray:int32"}  # the dtype that LLM Foundry 0.22 writes
 
 
 class Written(NamedTuple):
-    """What a folder was given."""
+    """What was written to a folder."""
 
     rows: int
-    left_out: int  # tokens at the end that fill no row
+    left_out: int  # tokens at the end that do not fill a row
 
 
 @contextmanager
 def folder_of(
     out: Path | str, columns: Mapping[str, str], compression: str | None, hashes: Sequence[str] = ("sha1",)
 ) -> Iterator[MDSWriter]:
-    """The writer of a new MDS folder, or of the URL of one, which is written one shard after another.
+    """Open a writer for a new MDS folder, local or at a URL. A URL gets one shard after another.
 
     Args:
         columns: encoding of each column, in order.
         compression: null, zstd[:level], gz[:level], bz2[:level], br[:level] or snappy.
-        hashes: names of hashlib or xxhash functions, kept in the index for every file.
+        hashes: names of hashlib or xxhash functions; the index keeps these hashes of every file.
 
     Raises:
-        ConfigError: it holds something or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     url = str(out) if is_url(str(out)) else None
     if url is not None and listing(url):
@@ -56,10 +56,10 @@ def write_rows(stream: TokenStream, length: int, out: Path | str, compression: s
     """Write tokens [i*length, (i+1)*length) of a stream as sample i.
 
     Args:
-        out: a folder, or the URL of one, which is written one shard after another.
+        out: a local folder, or a URL, which gets one shard after another.
 
     Raises:
-        ConfigError: the folder holds something or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     n_rows, left_out = divmod(stream.n_tokens, length)
     with (

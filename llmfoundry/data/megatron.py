@@ -27,48 +27,48 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
-_CHUNK = 2**20  # entries of an index that are checked at once
-_BLOCK = 2**10  # entries of which one is kept
-_SAMPLED = 2**14  # bytes of the .bin that are part of its fingerprint
+_CHUNK = 2**20  # index entries checked at once
+_BLOCK = 2**10  # one entry in this many is kept in memory
+_SAMPLED = 2**14  # bytes of the .bin included in its fingerprint
 
 
 class _Column:
-    """Numbers of an index that do not fall, in its file."""
+    """A sorted column of numbers of an index, in its file."""
 
     def __init__(self, file: OpenFile, start: int, n: int) -> None:
-        """Find them.
+        """Locate the column.
 
         Args:
-            start: byte of the first.
-            n: how many there are.
+            start: the byte at which it starts.
+            n: number of values.
         """
         self._file, self._start, self._n = file, start, n
-        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one of _BLOCK, filled by `chunks`
+        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one per _BLOCK, filled by `chunks`
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """All of them a part at a time, each with the place of its first."""
+        """Yield all values in chunks, each with the position of its first value."""
         for first in range(0, self._n, _CHUNK):
             chunk = self.read(first, min(first + _CHUNK, self._n))
             self._every[first // _BLOCK : -(-(first + len(chunk)) // _BLOCK)] = chunk[::_BLOCK]
             yield first, chunk
 
     def read(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Numbers [first, stop)."""
+        """Read values [first, stop)."""
         return np.frombuffer(self._file.read(self._start + 8 * first, self._start + 8 * stop), "<i8")
 
     def at(self, place: int) -> int:
-        """One of them."""
+        """Read one value."""
         return int(self.read(place, place + 1)[0])
 
     def search(self, value: int) -> int:
-        """The first place of a number that is no less than a value; their number if there is none."""
+        """Return the first position whose value is at least `value`; the number of values if there is none."""
         block = max(int(np.searchsorted(self._every, value)) - 1, 0)
         first = block * _BLOCK
         return first + int(np.searchsorted(self.read(first, min(first + _BLOCK, self._n)), value))
 
 
 class MegatronFile:
-    """The tokens of one .bin and their documents."""
+    """The tokens of one .bin file and their documents."""
 
     def __init__(self, index: Path, tokens: Path | StoredFile) -> None:
         """Open both files, and check the index.
@@ -78,7 +78,7 @@ class MegatronFile:
             tokens: the .bin, here or in a store.
 
         Raises:
-            ConfigError: one is missing, or the index is malformed or does not fit the .bin.
+            ConfigError: if a file is missing, or the index is malformed or does not fit the .bin.
         """
         self.path, self._index = tokens if isinstance(tokens, Path) else tokens.path, index
         try:
@@ -99,7 +99,7 @@ class MegatronFile:
             what = "numbers with a fraction, not token ids" if code in _FLOATS else "a type that is not known"
             self._refuse(f"has the type code {code}, {what}")
         expected = _HEADER.size + 12 * n_sequences + 8 * n_bounds
-        # Datasets of several modalities add a byte per sequence.
+        # Multimodal datasets add a byte per sequence.
         if size not in (expected, expected + n_sequences) or n_sequences == 0 or n_bounds < 2:
             self._refuse(
                 f"is damaged: {size:,} bytes do not hold the {n_sequences:,} sequences and {max(n_bounds, 1) - 1:,} "
@@ -119,16 +119,16 @@ class MegatronFile:
         self.fingerprint = self._fingerprint()
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop).
+        """Read tokens [start, stop).
 
         Raises:
-            ConfigError: the .bin has become shorter, or cannot be read.
+            ConfigError: if the .bin has become shorter, or cannot be read.
         """
         size = self.dtype.itemsize
         return np.frombuffer(self._tokens.read(start * size, stop * size), self.dtype).astype(np.int64)
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents begin in [start, stop), in order; an empty document begins where the next one does."""
+        """Document starts in [start, stop), in order. An empty document starts where the next one does."""
         size = self.dtype.itemsize
         first, last = (self._pointers.search(place * size) for place in (start, stop))
         low, high = (self._bounds.search(sequence) for sequence in (first, last))
@@ -138,7 +138,7 @@ class MegatronFile:
         return np.unique(self._pointers.read(first, last)[sequences - first]) // size
 
     def document_at(self, place: int) -> int:
-        """The start of the first document that begins at a token or after it; the number of tokens if none does."""
+        """Return the start of the first document at or after a token, or the number of tokens if there is none."""
         bound = self._bounds.search(self._pointers.search(place * self.dtype.itemsize))
         if bound >= self.n_documents:
             return self.n_tokens
@@ -146,7 +146,7 @@ class MegatronFile:
         return self._pointers.at(sequence) // self.dtype.itemsize
 
     def _check(self, index: OpenFile, n_sequences: int, n_bytes: int) -> None:
-        """Compare the index with itself and the .bin, a part at a time."""
+        """Check that the index is consistent and fits the .bin, a part at a time."""
         size, end = self.dtype.itemsize, 0
         for i, pointers in self._pointers.chunks():
             at = _HEADER.size + 4 * i
@@ -175,7 +175,7 @@ class MegatronFile:
             self._refuse(f"is damaged: its documents end at sequence {before:,} of {n_sequences:,}")
 
     def _fingerprint(self) -> str:
-        """Of the index, and of some of the tokens: their start, middle and end."""
+        """Return a fingerprint of the index and of some tokens: from the start, the middle and the end."""
         with self._index.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         size = self.n_tokens * self.dtype.itemsize

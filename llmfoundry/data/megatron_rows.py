@@ -1,8 +1,8 @@
-"""`megatron`: token ids that Megatron-LM's preprocess_data.py has written, as a dataset. They are not tokenised anew.
+"""The `megatron` dataset: token ids that Megatron-LM's preprocess_data.py has written. They are not tokenized again.
 
-The files of a path are one stream, which is cut every `max_seq_len` tokens, like texts that are tokenised here. The
-first token of a document is predicted from the end-of-text token before it; where there is none (`--append-eod` was
-left out), it is not predicted at all.
+The files of a path form one stream, which is cut every `max_seq_len` tokens, like texts that are tokenized here. The
+first token of a document is predicted from the end-of-text token before it; without that token (`--append-eod` was
+left out), it is not predicted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
     path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
-    # The id after which a document begins; None: the tokenizer's end of text
+    # The id after which a document starts; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
@@ -44,10 +44,10 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         return json.dumps(["megatron", self.path if is_url(self.path) else str(Path(self.path).resolve())])
 
     def opened(self) -> Joined:
-        """The part of the files that is of this split.
+        """Open the part of the files that belongs to this split.
 
         Raises:
-            ConfigError: there is none, or one is damaged.
+            ConfigError: if the split is empty, or a file is damaged.
         """
         if is_url(self.path):
             return Joined(self._fetched(), self._held_out())
@@ -76,13 +76,13 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         ]
 
     def _held_out(self) -> tuple[float, float]:
-        """The part of the text that is read, as fractions of it."""
+        """Return the part of the text that is read, as fractions of the whole."""
         if self._is_whole or self.split not in ("train", "validation"):
             return 0.0, 1.0
         return (0.0, 1.0 - self.fraction) if self.split == "train" else (1.0 - self.fraction, 1.0)
 
     def build(self) -> Source:
-        """What tells whether two loaders read the same; it has no text."""
+        """Return a source without text, whose fingerprint tells whether two loaders read the same."""
         stream = self.opened()
         title = f"megatron-{self.split}"
         return Source(title, stream.fingerprint, self._no_text, files=frozenset(stream.paths))
@@ -100,13 +100,13 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
 
 
 class Joined:
-    """The tokens of several files one after the other, from one document to another."""
+    """The tokens of several files, concatenated, from one document boundary to another."""
 
     def __init__(self, files: Sequence[MegatronFile], part: tuple[float, float] = (0.0, 1.0)) -> None:
         """Join files.
 
         Args:
-            part: what of the tokens is read, as fractions; it begins and ends where documents do.
+            part: the fractions of the tokens that are read; it starts and ends at document boundaries.
         """
         self._files = files
         self._firsts = [0, *accumulate(file.n_tokens for file in files)]
@@ -118,22 +118,22 @@ class Joined:
         self.paths = [file.path.resolve() for file in files]
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop)."""
+        """Read tokens [start, stop)."""
         parts = [file.read(low, high) for file, _, low, high in self._inside(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents begin in [start, stop), in order."""
+        """Document starts in [start, stop), in order."""
         parts = [file.starts(low, high) + shift for file, shift, low, high in self._inside(start, stop)]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def where(self, place: int) -> str:
-        """A token's file and its place there, for messages."""
+        """Return the file of a token and the token's position in it, for messages."""
         ((file, _, low, _),) = self._inside(place, place + 1)
         return f"{file.path}: token {low:,}"
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[MegatronFile, int, int, int]]:
-        """The files of a range, the place of each, and the range in it."""
+        """Yield the files of a range, the place of each, and the range in it."""
         start, stop = start + self._first, stop + self._first
         at = bisect_right(self._firsts, start) - 1
         while start < stop:
@@ -142,7 +142,7 @@ class Joined:
             start, at = end, at + 1
 
     def _document_at(self, place: int) -> int:
-        """The start of the first document at a place or after it."""
+        """Return the start of the first document at a place or after it."""
         at = min(bisect_right(self._firsts, place), len(self._files)) - 1
         return self._firsts[at] + self._files[at].document_at(place - self._firsts[at])
 
@@ -151,13 +151,13 @@ class MegatronRows(Rows):
     """Row i is tokens [i*S, i*S + S + 1) of the files."""
 
     def __init__(self, stream: Joined, title: str, eos_token_id: int, largest: int, how: How) -> None:
-        """Cut a stream.
+        """Cut a stream into rows.
 
         Args:
-            largest: the largest id that the tokenizer has.
+            largest: the largest token id of the tokenizer.
 
         Raises:
-            ConfigError: an id of the first row, or the last one, is larger.
+            ConfigError: if an id in the first or the last row is larger than `largest`.
         """
         self.title, self.length, self.documents = title, how.length, how.documents
         self._stream, self._eos, self._largest = stream, eos_token_id, largest
@@ -174,12 +174,12 @@ class MegatronRows(Rows):
         n = len(found) - 1
         out.tokens[i, :n], out.tokens[i, n:] = found[:-1], self._eos
         out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
-        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents begin in this row
+        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents start in this row
         opened = found[begins - 1] == self._eos
         out.labels[i, begins[~opened] - 1] = IGNORE
         if out.documents is not None:
             marks = np.zeros(self.length + 1, dtype=np.int32)
-            marks[begins - opened] = 1  # the end-of-text token that opens a document is its first
+            marks[begins - opened] = 1  # the end-of-text token before a document is its first token
             np.cumsum(marks[:-1], out=out.documents[i])
 
     def _tokens(self, start: int, stop: int) -> NDArray[np.int64]:

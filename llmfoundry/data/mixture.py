@@ -1,7 +1,7 @@
-"""`datasets: [...]`: several datasets as one, in fixed shares of the rows, which may change in the course of a run.
+"""The `mixture` dataset (`datasets: [...]`): several datasets in fixed shares of rows, which may change during a run.
 
-Row n of a run is row k of one source, and both are functions of n alone (data/interleave.py); row k of the source is
-then what it would be if that source were the whole run. All rows have max_seq_len tokens, so shares of rows are shares
+Row n of a run is row k of one source, and both are functions of n alone (data/interleave.py). Row k of a source is the
+row that it would be if that source were the whole run. All rows have max_seq_len tokens, so shares of rows are shares
 of tokens.
 """
 
@@ -35,23 +35,23 @@ from llmfoundry.data.rows import (
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
-LOSSES = ("ce", "total")  # loss/train/NAME of all sources together, beside loss/train/LABEL of each
+LOSSES = ("ce", "total")  # loss/train/NAME over all sources, in addition to loss/train/LABEL of each
 
 
 class Part(Config):
-    """A source of a mixture: the keys of its dataset, and beside them how much of it is read."""
+    """A source of a mixture: its dataset's keys, and keys for how much of it is read."""
 
-    dataset: DatasetConfig  # its keys may stand beside those of this block instead
-    label: str | None = None  # its name in metrics and phases; None: of its folder or file
-    weight: float | None = Field(default=None, gt=0)  # share of the tokens, relative to the others' weights
-    tokens: float | None = Field(default=None, gt=0)  # or: how many tokens of it the run reads
-    epochs: float | None = Field(default=None, gt=0)  # or: how many times the run reads it
-    max_epochs: float | None = Field(default=None, gt=0)  # a run that would read it more often is refused
+    dataset: DatasetConfig  # the dataset; its keys may also stand directly in this block
+    label: str | None = None  # name in metrics and phases; None: from the folder or file
+    weight: float | None = Field(default=None, gt=0)  # share of tokens, relative to the other weights
+    tokens: float | None = Field(default=None, gt=0)  # alternatively: number of its tokens that the run reads
+    epochs: float | None = Field(default=None, gt=0)  # alternatively: number of times that the run reads it
+    max_epochs: float | None = Field(default=None, gt=0)  # refuse a run that would read it more often
 
     @model_validator(mode="wrap")
     @classmethod
     def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
-        """The dataset's keys may stand beside those of the part."""
+        """Accept the dataset's keys directly beside those of the part."""
         if not isinstance(data, dict) or "dataset" in data:
             return check(data)
         own = {key: value for key, value in data.items() if key in cls.model_fields}
@@ -71,7 +71,7 @@ class Part(Config):
 
     @property
     def name(self) -> str:
-        """The label, or what stands for it."""
+        """The label, or else a name made from the dataset."""
         if self.label is not None:
             return self.label
         where = next((found for key in ("path", "local", "hf_name") if (found := getattr(self.dataset, key, None))), "")
@@ -79,18 +79,19 @@ class Part(Config):
 
 
 class Phase(Config):
-    """Weights that hold for a part of the run."""
+    """Weights for a part of the run."""
 
-    until: str | None = None  # a time of the run, e.g. 0.8dur or 5e9tok; the last phase has none
-    weights: dict[str, float]  # by label; what is not named is not read
+    until: str | None = None  # end of the phase in run time, e.g. 0.8dur or 5e9tok; the last phase has none
+    weights: dict[str, float]  # weights by label; sources that are not named are not read
 
 
 class MixtureConfig(RowsConfig, names=("mixture",)):
-    """Several datasets, interleaved. `train_loader.datasets: [...]` is short for it."""
+    """Several interleaved datasets. `train_loader.datasets: [...]` is short for it."""
 
     datasets: list[Part] = Field(min_length=1)  # the sources
-    mixture: list[Phase] = []  # in the order of time; empty: the weights of the datasets hold for the whole run
-    temperature: float = Field(default=1.0, gt=0)  # weights become weight ** (1 / temperature): above 1 evens them out
+    mixture: list[Phase] = []  # phases in order of time; empty: the datasets' weights hold for the whole run
+    # Weights become weight ** (1 / temperature); above 1 makes them more even
+    temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -130,7 +131,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the sources."""
+        """The names of the sources."""
         return [part.name for part in self.datasets]
 
     def parts(self) -> list[DatasetConfig]:
@@ -141,7 +142,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return self.model_copy(update={"datasets": [part.model_copy(update={"dataset": each}) for part, each in both]})
 
     def build(self) -> Source:
-        """The texts of all sources, in the ratio of their weights: what a tokenizer learns from."""
+        """Return the texts of all sources in the ratio of their weights: the text that a tokenizer is trained on."""
         sources = [part.dataset.build() for part in self.datasets]
         weights = [part.weight or 1.0 for part in self.datasets]
         return Source(
@@ -169,7 +170,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return Mixture(self, orders)
 
     def shares(self, orders: Sequence[Order]) -> list[list[int]]:
-        """The integer shares of all sources in each phase, 0 for what is not read."""
+        """Return the integer shares of all sources in each phase; 0 for sources that are not read."""
         if not self.mixture:
             return [self._integers([self._weight(*both) for both in zip(self.datasets, orders, strict=True)])]
         return [
@@ -189,7 +190,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return [next(positive) if weight else 0 for weight in weights]
 
     def _evened(self, weight: Fraction) -> Fraction:
-        """`weight ** (1 / temperature)`, correctly rounded: powers of floats end otherwise on other machines."""
+        """Return `weight ** (1 / temperature)`, correctly rounded, because powers of floats differ between machines."""
         power = float(Context(prec=50, traps=[]).power(Decimal(float(weight)), Decimal(1 / self.temperature)))
         if not 0 < power < math.inf:
             raise ConfigError(f"temperature={self.temperature:g} makes of weights 0 or infinity; raise it")
@@ -197,14 +198,14 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
 
 def _budget(part: Part, order: Order) -> Fraction | None:
-    """Rows that a run may read of a source; None: any number."""
+    """Return the number of rows that a run may read of a source; None: unlimited."""
     if part.tokens is not None:
         return exact(part.tokens) / order.length
     return None if part.epochs is None else exact(part.epochs) * order.rows_per_epoch
 
 
 def _in_ratio(texts: list[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:
-    """Documents of all, so that characters are in the ratio of the weights as long as none has ended."""
+    """Interleave documents so that characters are in the ratio of the weights until the first source ends."""
     read = dict.fromkeys(range(len(texts)), 0.0)
     while read:
         least = min(read, key=lambda i: read[i] / weights[i])
@@ -217,15 +218,15 @@ def _in_ratio(texts: list[Iterator[str]], weights: Sequence[float]) -> Iterator[
 
 
 class Segment(NamedTuple):
-    """A part of the run in which the shares stay the same."""
+    """A part of the run with constant shares."""
 
     start: int  # its first row
-    sources: NDArray[np.int64]  # (n read,) places of the sources that are read
+    sources: NDArray[np.int64]  # (n read,) indices of the sources that are read
     interleave: Interleave
-    before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
+    before: NDArray[np.int64]  # (n_sources,) rows of each source before the start
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each row of the run, and which of that source's rows it is."""
+        """For each row of the run, its source and its number within that source."""
         found, k = self.interleave.at(numbers - self.start)
         sources = self.sources[found]
         return sources, k + self.before[sources]
@@ -249,29 +250,29 @@ class Mixture(Order):
         budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]
         whole = [order.rows_per_epoch if budget is None else budget
                  for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
-        self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
+        self.rows_per_epoch = int(sum(whole))  # total of the sources, or of their budgets
         rows = [order.once for order in orders]
         self._rows = [each for each in rows if each is not None]
         assert len(self._rows) == len(orders)  # none is a mixture itself
         streams = [each.stream for each in self._rows if isinstance(each, StreamRows)]
         self._reader = StreamReader(streams, self.length, self.documents) if streams else None
         is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
-        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
+        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) index in the reader, or -1
         self._segments: list[Segment] = []
         self.arrange([])
 
     @property
     def phases(self) -> list[Phase]:
-        """Those that the YAML names."""
+        """The phases that the YAML names."""
         return self._config.mixture
 
     def arrange(self, ends: Sequence[int], start: int = 0, before: Sequence[int] | None = None) -> None:
-        """Say when the phases end.
+        """Set where the phases end.
 
         Args:
             ends: the rows at which all phases but the last end, in order.
-            start: the first row that is taken from this mixture, where a run came to it later.
-            before: rows of each source that were taken by then.
+            start: the first row that is read from this mixture, if a run switched to it later.
+            before: rows of each source that were read before `start`.
         """
         taken = np.array(before if before is not None else [0] * len(self.labels), dtype=np.int64)
         self._places, self._plan = Places(self._orders), Places([self])
@@ -290,13 +291,13 @@ class Mixture(Order):
             start = end
 
     def check(self, rows: int) -> None:
-        """Refuse a run that would read a source more often than it may.
+        """Refuse a run that would read a source more often than allowed.
 
         Args:
-            rows: of the whole run.
+            rows: number of rows of the whole run.
 
         Raises:
-            ConfigError: naming the source, and how often it would be read.
+            ConfigError: if a source would be read more often; the message names it and says how often.
         """
         for part, order, n in zip(self._config.datasets, self._orders, self.counts(rows).tolist(), strict=True):
             epochs, budget = n / order.rows_per_epoch, _budget(part, order)
@@ -313,17 +314,17 @@ class Mixture(Order):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether some source may be read so often and no more."""
+        """Whether the number of epochs of some source is limited."""
         parts = zip(self._config.datasets, self._orders, strict=True)
         return any(part.max_epochs is not None or _budget(part, order) is not None for part, order in parts)
 
     @property
     def period(self) -> int:
-        """Rows after which the sequence of sources repeats, in the last phase."""
+        """The number of rows after which the sequence of sources repeats, in the last phase."""
         return self._segments[-1].interleave.period
 
     def counts(self, n: int) -> NDArray[np.int64]:
-        """(n_sources,) rows of each source among the first n of the run."""
+        """Return the number of rows of each source among the first n rows of the run: (n_sources,)."""
         at = max(i for i, segment in enumerate(self._segments) if segment.start <= n or i == 0)
         segment = self._segments[at]
         counts = segment.before.copy()
@@ -331,22 +332,22 @@ class Mixture(Order):
         return counts
 
     def taken(self, n: int) -> dict[str, int]:
-        """The same by label."""
+        """Return the same as `counts`, by label."""
         return dict(zip(self.labels, self.counts(n).tolist(), strict=True))
 
     def describe(self) -> Mapping[str, str]:
-        """The share of each source over the phases, for the log."""
+        """Return the share of each source in each phase, for the log."""
         return {
             label: " -> ".join(f"{shares[i] / sum(shares):.4%}" for shares in self._shares)
             for i, label in enumerate(self.labels)
         }
 
     def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The source of each row, by its place among the labels, in the shape of `numbers`."""
+        """Return the source of each row, as an index into the labels, in the shape of `numbers`."""
         return self._where(numbers)[0]
 
     def stretch(self, number: int) -> Stretch:
-        """Of places in the data, as `place * n_sources + source`."""
+        """Return the stretch that a row is in; places are numbered as `place * n_sources + source`."""
         first = number - number % STRETCH
         sources, numbers = self._where(np.arange(first, first + STRETCH))
         return Stretch(first, self._places.of(sources, numbers) * len(self.labels) + sources)
@@ -369,7 +370,7 @@ class Mixture(Order):
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         starts = [segment.start for segment in self._segments]
-        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # nearly always: no phase ends here
+        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # the usual case: no phase ends here
             return self._segments[-1].at(numbers)
         sources, places = np.empty_like(numbers), np.empty_like(numbers)
         of = np.maximum(np.searchsorted(starts, numbers, side="right") - 1, 0)

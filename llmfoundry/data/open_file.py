@@ -1,7 +1,7 @@
-"""Files that are read in place while a run goes on, by `pread`.
+"""Files that are read in place by `pread` while a run goes on.
 
-A mapped file that becomes shorter kills the process by SIGBUS, without a word. Reading it is an error with a name. For
-rows of a few KB it takes about as long.
+If a memory-mapped file becomes shorter, SIGBUS kills the process without a message. `pread` returns an error that can
+be reported, and takes about as long for rows of a few KB.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from llmfoundry.config import ConfigError
 
 
 class OpenFile:
-    """A file at random places.
+    """A file with random access.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,19 +26,19 @@ class OpenFile:
         self.size = os.fstat(self._number).st_size  # bytes
 
     def fill(self, memory: memoryview, start: int) -> None:
-        """Read into bytes of memory, from a byte of the file on; raises as `read`."""
+        """Read into a buffer, from a byte offset on; the errors are those of `read`."""
         try:
             if os.preadv(self._number, (memory,), start) == len(memory):
                 return
         except OSError:
             pass
-        memory[:] = self.read(start, start + len(memory))  # in several parts, or it says why not
+        memory[:] = self.read(start, start + len(memory))  # in several parts, or raises
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop).
+        """Read bytes [start, stop).
 
         Raises:
-            ConfigError: the file has become shorter, or cannot be read.
+            ConfigError: if the file has become shorter, or cannot be read.
         """
         parts: list[bytes] = []
         while start < stop:
@@ -53,5 +53,5 @@ class OpenFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def sample(self, start: int, stop: int) -> bytes:
-        """A few bytes; raises as `read`."""
+        """Read a few bytes; the errors are those of `read`."""
         return self.read(start, stop)

@@ -1,10 +1,10 @@
-"""Text to token shards on disk, once; after that every run reads them in place.
+"""Tokenize text into shards on disk, once; every later run reads the shards in place.
 
-The stream is `eos, document, eos, document, eos, ...`: the first eos is there so that every token of every
-document is predicted from something, and eos thereby opens each document. With a BOS token, which then opens each
-document, the stream is `bos, document, eos, bos, document, eos, ...`. A shard is a file of little-endian
-uint16 (uint32 for vocabularies beyond 65536) with `index.json` beside them: counts, sizes and checksums. The
-stream knows nothing of rows; row length, order and epochs are the loader's.
+The stream is `eos, document, eos, document, eos, ...`. It starts with eos so that every token of every document has a
+token before it that predicts it; eos thereby opens each document. With a BOS token, which then opens each document,
+the stream is `bos, document, eos, bos, document, eos, ...`. A shard is a file of little-endian uint16 (uint32 for
+vocabularies beyond 65536) with `index.json` beside them: counts, sizes and checksums. The stream does not know rows;
+row length, order and epochs belong to the loader.
 """
 
 from __future__ import annotations
@@ -38,43 +38,43 @@ from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN = 4  # of text, about
-_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have a limited number of files
-open_shards: dict[int, OpenFile] = {}  # these, by `TokenStream.first_shard + number`, a key of the process
+_BYTES_PER_TOKEN = 4  # of text, approximately
+_OPEN_SHARDS = 256  # over all streams, kept open: the number of files per process is limited
+open_shards: dict[int, OpenFile] = {}  # keyed by `TokenStream.first_shard + number`, unique in the process
 _streams = count()
 
 
 class TokenStream:
-    """A tokenised dataset: one long row of token ids in files."""
+    """A tokenized dataset: one long sequence of token ids in files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open, and compare shards with the index, at once or beside the run (data/watch.py).
+        """Open the stream and compare its shards with the index, at once or during the run (data/watch.py).
 
         Raises:
-            Damaged: the index or a shard is missing or not what was written.
+            Damaged: if the index or a shard is missing, or is not what was written.
         """
         self.folder = folder
         index = _read_index(folder)
         self.fingerprint: str = index["fingerprint"]  # of the documents and the tokenizer
-        self.n_tokens: int = index["n_tokens"]  # with every eos
-        self.n_bytes: int = index["n_bytes"]  # of the documents as UTF-8, without any eos
+        self.n_tokens: int = index["n_tokens"]  # including every eos
+        self.n_bytes: int = index["n_bytes"]  # of the documents in UTF-8, without eos
         self.eos_token_id: int = index["eos_token_id"]
-        self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first of each document
-        self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
+        self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first token of each document
+        self.counts = Counts(*index["counts"]) if "counts" in index else None  # counts of documents read and left out
         self._shards = [Shard(*shard) for shard in index["shards"]]
         self.n_shards = len(self._shards)
         self.first_shard = next(_streams) << 32
-        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # of the shards, and the end
+        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # start of each shard, and the end
         self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
         self._watch = Watch(folder, self.n_tokens * self.dtype.itemsize, self.n_shards, self._check_bytes)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the stream.
+        """Read tokens [start, stop) of the stream.
 
         Raises:
-            ConfigError: a shard has become shorter, or was found to be damaged.
+            ConfigError: if a shard has become shorter, or was found to be damaged.
         """
         self.check()
         if not 0 <= start <= stop <= self.n_tokens:
@@ -92,18 +92,18 @@ class TokenStream:
 
     @property
     def is_watched(self) -> bool:
-        """Whether checksums of its shards are still being compared."""
+        """Whether checksums of the shards are still being compared."""
         return self._watch.is_running
 
     def check(self) -> None:
-        """Raise what was found of the shards' checksums so far."""
+        """Raise an error if a checksum did not match so far."""
         self._watch.check()
 
     def verify(self) -> None:
         """Read everything and compare checksums.
 
         Raises:
-            Damaged: a shard is not what was written.
+            Damaged: if a shard is not what was written.
         """
         for number in range(self.n_shards):
             self._check_bytes(number)
@@ -127,10 +127,10 @@ class TokenStream:
             raise Damaged(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
 
     def file(self, number: int) -> OpenFile:
-        """A shard. The one that was opened first is closed for it if too many are open.
+        """Open a shard. If too many are open, the one that was opened first is closed.
 
         Raises:
-            Damaged: it cannot be opened.
+            Damaged: if the shard cannot be opened.
         """
         found = open_shards.get(self.first_shard + number)
         if found is not None:
@@ -147,14 +147,14 @@ class TokenStream:
 
     @property
     def remedy(self) -> str:
-        """What to do about damage."""
+        """What the user can do about damage."""
         return f"delete the folder {self.folder} to make it again"
 
 
 def pack(
     source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens = PLAIN_TEXT
 ) -> TokenStream:
-    """Tokenise a source into shards under `cache`, unless that was done before.
+    """Tokenize a source into shards under `cache`, unless the cache already has them.
 
     Args:
         source: the documents.
@@ -171,7 +171,7 @@ def pack_part(
     source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens, share: Share,
     workers: int = 0,
 ) -> TokenStream | None:  # fmt: skip
-    """Tokenise a part of a source, unless that was done before; the last part makes the stream.
+    """Tokenize one part of a source, unless that was done before; the last part to finish assembles the stream.
 
     The stream does not depend on the number of parts and workers.
 
@@ -191,8 +191,8 @@ def pack_part(
         source.remember()
         return stream
     if share.of == 1:
-        next(source.documents())  # no data, or unreadable: refused before the cache is touched
-    # len(), because vocab_size leaves added tokens out; max(), because ids may have gaps.
+        next(source.documents())  # raises if there is no data or it is unreadable, before the cache is touched
+    # len(), because vocab_size excludes added tokens; max(), because ids may have gaps.
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
     parts = [folder.with_name(f"{folder.name}.part-{i}-of-{share.of}") for i in range(1, share.of + 1)]
@@ -241,7 +241,7 @@ def pack_part(
 
 
 def _cached(folder: Path, source: Source) -> TokenStream | None:
-    """The stream that was made before. A damaged one is removed, to be made again, if its source can be read."""
+    """Open the stream in the cache. A damaged one is removed and made again if its source can be read."""
     if not folder.exists():
         return None
     try:
@@ -262,7 +262,7 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
 def prepare(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT, workers: int = 0
 ) -> TokenStream:
-    """Tokenise a dataset ahead of time, so that a run only opens it; shards already there are verified.
+    """Tokenize a dataset ahead of time, so that a run only opens it; existing shards are verified.
 
     Run it once per dataset of a YAML (`train_loader.dataset`, `eval_loader.dataset`) with the run's
     tokenizer.
@@ -275,7 +275,7 @@ def prepare(
 def prepare_part(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, share: Share, workers: int
 ) -> TokenStream | None:
-    """The same for a part of it; None while other parts are missing."""
+    """Do the same as `prepare` for one part; return None while other parts are missing."""
     source = dataset.build()
     if source.summary:
         log.info("%s", source.summary)
@@ -286,7 +286,7 @@ def prepare_part(
 
 
 def assemble(folder: Path, parts: Sequence[Path], index: dict, counts: Counts) -> None:
-    """Put the shards of all parts into one folder; a shard is linked, not copied, where the file system can."""
+    """Put the shards of all parts into one folder, by hard links where the file system supports them."""
     shards: list[Shard] = []
     for part in parts:
         for number, shard in enumerate(read_state(part).shards):

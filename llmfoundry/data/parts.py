@@ -1,8 +1,9 @@
-"""A part of a stream of tokens on its way to disk: shards that are whole one by one, so that a killed run goes on.
+"""Write one part of a token stream to disk, shard by shard, so that a killed run can continue.
 
-A part is all of a source, or some of its files (`--part 2/8`: one of eight machines). Its folder holds shards and
-`state.json`, which is replaced whenever a shard is complete: the shards so far, the documents that had ended by then,
-and the place in the stream at which the last of these ended. To go on, these documents are read again, not tokenised.
+A part is a whole source, or some of its files (`--part 2/8`: one of eight machines). Its folder holds shards and
+`state.json`, which is replaced whenever a shard is complete. It holds the shards so far, the number of documents that
+had ended by then, and the position in the stream at which the last of these ended. To continue, these documents are
+read again, but not tokenized.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ SHARD_TOKENS = 2**27
 
 
 class Share(NamedTuple):
-    """Which part of a source: the files whose bytes lie in it. `Share()` is all of it."""
+    """Which part of a source: the files whose bytes lie in it. `Share()` is the whole source."""
 
     number: int = 1
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """`2/8` as the second of eight.
+        """Parse `2/8`: the second of eight parts.
 
         Raises:
-            ConfigError: it is not of this form.
+            ConfigError: if the text does not have this form.
         """
         number, _, of = text.partition("/")
         if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
@@ -61,24 +62,24 @@ class Shard(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far a part is."""
+    """The progress of a part."""
 
     shards: list[Shard]
-    counts: Counts  # of the documents that ended in these shards
-    place: int  # in the part's tokens, at which the last of them ended
+    counts: Counts  # of the documents that end in these shards
+    place: int  # where the last of them ends, in the part's tokens
     done: bool = False
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard in its folder."""
+    """Return the file name of a shard."""
     return f"tokens-{number:05d}.bin"
 
 
 def documents_of(source: Source, share: Share) -> tuple[list[Iterator[str]], Iterator[str]]:
-    """The documents of the files before a part, and those of the part.
+    """Return the documents of the files before a part, and those of the part.
 
     Raises:
-        ConfigError: the source has fewer files than there are parts.
+        ConfigError: if the source has fewer files than there are parts.
     """
     if share.of == 1:
         return [], source.read()
@@ -94,7 +95,7 @@ def documents_of(source: Source, share: Share) -> tuple[list[Iterator[str]], Ite
 
 
 def _bounds(sizes: list[int], n: int) -> list[int]:
-    """The files at which parts begin, and the end: parts of about equal size, each of one file at least."""
+    """Return the files at which parts start, and the end. Parts have about equal size and at least one file each."""
     ends = list(itertools.accumulate(sizes))
     bounds = [0]
     for part in range(1, n):
@@ -108,7 +109,7 @@ def write_part(
     folder: Path, source: Source, share: Share, encoder: Encoder, eos: int, dtype: np.dtype, workers: int,
     advance: Advance,
 ) -> State:  # fmt: skip
-    """Tokenise a part, from where an earlier run stopped; a mistake in the data leaves nothing of it.
+    """Tokenize a part, from where an earlier run stopped. If the data are wrong, nothing of the part is left.
 
     Args:
         workers: see `encoded`.
@@ -139,7 +140,7 @@ def _write(
     writer = _Writer(folder, dtype, state)
     bos = encoder.special.bos
     nothing, end = np.array([], dtype), np.array([eos], dtype)
-    opens = nothing if bos is None else np.array([bos], dtype)  # each document
+    opens = nothing if bos is None else np.array([bos], dtype)  # starts each document
     opening = end if bos is None and share.number == 1 and state.place == 0 else opens
     advance(state.counts.kept_bytes)
     for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, dtype, workers):
@@ -152,7 +153,7 @@ def _write(
 
 
 def read_state(folder: Path) -> State:
-    """How far a part is; at its beginning if there is nothing."""
+    """Read the progress of a part; if there is none, the part starts at its beginning."""
     try:
         found = cast(dict, read_mapping(folder / "state.json"))
         shards = [Shard(whole_number(tokens), str(sha256)) for tokens, sha256 in found["shards"]]
@@ -165,13 +166,13 @@ def read_state(folder: Path) -> State:
 
 
 class _Writer:
-    """Cuts a part into files of SHARD_TOKENS, from the place of a state on."""
+    """Writes a part as files of SHARD_TOKENS, starting at the position of a state."""
 
     def __init__(self, folder: Path, dtype: np.dtype, state: State) -> None:
         self._folder, self._dtype = folder, dtype
         self._shards, self._counts, self._ended = list(state.shards), state.counts, state.place
         self._place = state.place
-        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are on disk already
+        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are already on disk
         self._file: BinaryIO | None = None
 
     def write(self, ids: NDArray) -> None:
@@ -194,7 +195,7 @@ class _Writer:
                 self._save(State(self._shards, self._counts, self._ended))
 
     def ended(self, counts: Counts) -> None:
-        """A document ends here."""
+        """Record that a document ends here."""
         self._counts, self._ended = counts, self._place
 
     def finish(self, counts: Counts) -> State:
@@ -204,7 +205,7 @@ class _Writer:
         return state
 
     def _check_room(self) -> None:
-        """Stop before a disk is full, where other work would fail for it too. A first shard may be a short one."""
+        """Stop before the disk is full, which would break other programs too. The first shard may be short."""
         need, free = SHARD_TOKENS * self._dtype.itemsize, shutil.disk_usage(self._folder).free
         if self._shards and free < need:
             raise ResourceError(

@@ -1,7 +1,7 @@
-"""Preferences: a prompt, the answer that was chosen and the one that was rejected.
+"""Preferences: a prompt, a chosen answer and a rejected answer.
 
-Shapes: S max_seq_len. A row is one pair, (2 S,): the chosen sequence in its first half, the rejected one in its second,
-each filled up on its own. So whatever orders, splits and counts rows never parts a pair.
+Shapes: S max_seq_len. A row is one pair, (2 S,): the chosen sequence in the first half, the rejected one in the second,
+each padded separately. Code that orders, splits and counts rows therefore never separates a pair.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Preference(NamedTuple):
 
 
 class PreferencesConfig(ChatsConfig, names=("preferences",)):
-    """Preferences from the places of `finetuning` data, for `loss: dpo`; its keys are those of `chats`.
+    """Preferences for `loss: dpo`, from the same places as `finetuning` data; its keys are those of `chats`.
 
-    Columns: `prompt`, `chosen` and `rejected`, of text or messages; or `chosen` and `rejected` alone, as whole
-    conversations, whose common beginning is the prompt. Answers alone are learned from.
+    Columns: `prompt`, `chosen` and `rejected`, of text or messages; or only `chosen` and `rejected`, as whole
+    conversations, whose common beginning is the prompt. Only answers are learned.
     """
 
     KIND = "preferences/4"
@@ -52,10 +52,10 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
 
 
 def preference_of(row: Row) -> Preference:
-    """The preference in a row.
+    """Read the preference in a row.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: if the row is not an example; the message says what is wrong with it.
     """
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
@@ -88,7 +88,7 @@ def _turns(answer: object) -> list[Message]:
 
 
 def _answered(messages: list[Message], common: int, row: Row) -> Conversation:
-    """A conversation of which only what comes after the common beginning is learned."""
+    """Return a conversation of which only the part after the common beginning is learned."""
     silent = [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages[:common]]
     return conversation([*silent, *messages[common:]], row)
 
@@ -113,7 +113,7 @@ class PreferenceRows(ChatRows):
 
 
 def apart(batch: Batch) -> Batch:
-    """The sequences of pairs (B, 2 S), each in a row of its own: (2 B, S), a chosen one, then the rejected one."""
+    """Put the two sequences of each pair (B, 2 S) into rows of their own: (2 B, S), the chosen one first."""
     halves = (batch.tokens, batch.labels, batch.positions)
     tokens, labels, positions = (None if t is None else t.view(2 * t.shape[0], -1) for t in halves)
     assert tokens is not None and labels is not None

@@ -1,4 +1,4 @@
-"""What a source was when its tokens were made: whether it changes meanwhile, and what to go on with when it is gone."""
+"""Records of what a source was when its tokens were made: to detect changes, and to continue when it is gone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.strict_json import read_mapping
 
-Stamps = tuple[tuple[Path, str], ...]  # files, and what changes with their contents
+Stamps = tuple[tuple[Path, str], ...]  # files, with values that change with their contents
 
 
 class Gone(Exception):
-    """A source is not there, or out of reach.
+    """A source does not exist, or cannot be reached.
 
     Args:
-        error: says so to the user.
+        error: the error to show the user.
     """
 
     def __init__(self, error: ConfigError | ResourceError) -> None:
@@ -30,28 +30,28 @@ class Gone(Exception):
 class Provenance(NamedTuple):
     """What is known of a source without reading it."""
 
-    title: str  # in messages and folder names
-    fingerprint: str  # hex; equal fingerprints, equal documents
-    n_bytes: int | None = None  # about how long the text is; None: unknown
+    title: str  # for messages and folder names
+    fingerprint: str  # hex; equal for equal documents
+    n_bytes: int | None = None  # approximate size of the text; None: unknown
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
 
 
 def stamp_of(path: Path) -> str:
-    """What changes when a file is written or replaced, without reading it; raises OSError if there is none."""
+    """Return values that change when a file is written or replaced, without reading it; raise OSError if it is gone."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
 def stamps_of(paths: Iterable[Path]) -> Stamps:
-    """The same of several; raises OSError."""
+    """Return the stamps of several files; raise OSError."""
     return tuple((path, stamp_of(path)) for path in paths)
 
 
 def check_unchanged(title: str, stamps: Stamps) -> None:
-    """Check that files are those that the fingerprint was taken of: to be called when they have been read.
+    """Check that files have not changed since their fingerprint was taken; call it after reading them.
 
     Raises:
-        ConfigError: naming the first that has changed.
+        ConfigError: if a file has changed; the message names the first one.
     """
     for path, stamp in stamps:
         try:
@@ -66,18 +66,18 @@ def check_unchanged(title: str, stamps: Stamps) -> None:
 
 
 def remember(memory: Path, source: Provenance) -> None:
-    """Write down what a source was, for a run that goes on when it is gone, from tokens in the cache."""
+    """Record what a source was, so that a run can continue from cached tokens when the source is gone."""
     said = source._asdict() | {"files": sorted(map(str, source.files))}
-    with suppress(OSError):  # it is a help, and no duty
+    with suppress(OSError):  # only an optimization
         memory.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(memory, [json.dumps(said).encode()], shared=True)
 
 
 def recalled(memory: Path, gone: Gone) -> Provenance:
-    """A source that is gone, as it was when its tokens were made.
+    """Return the record of a source that is gone.
 
     Raises:
-        ConfigError: or ResourceError: `gone.error`, if it was never tokenised on this machine.
+        ConfigError, ResourceError: `gone.error`, if the source was never tokenized on this machine.
     """
     try:
         said = read_mapping(memory)
@@ -91,5 +91,5 @@ def recalled(memory: Path, gone: Gone) -> Provenance:
 
 
 def said_of_gone(gone: Gone, title: str) -> str:
-    """For the log."""
+    """Return a line for the log."""
     return f"{title}: its files are gone ({gone}); going on with the tokens that the cache has of them"

@@ -1,10 +1,10 @@
-"""Files of object stores and other machines (`s3://`, `gs://`, `hf://`, ...), by fsspec, in a bounded cache here.
+"""Files in object stores and on other machines (`s3://`, `gs://`, `hf://`, ...), read by fsspec through a cache.
 
-A file is fetched whole when it is first read, under its url, size and version, and gets its name when it is complete.
-Where the cache would grow beyond its limit, the files that were not used for the longest time go first. Credentials are
-those of the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never of a YAML.
+A file is fetched whole when it is first read. It is cached under its URL, size and version, and gets its name when it
+is complete. When the cache would exceed its limit, the least recently used files are deleted. Credentials come from the
+environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never from a YAML.
 
-Other parts of a run read and write stores by the functions below: they try again where the store or the network fails.
+Other parts of a run read and write stores by the functions below, which retry when the store or the network fails.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_pl
 Result = TypeVar("Result")
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
-IN_USE = 60.0  # seconds for which a file that was asked for is kept, until it is opened
-LIMIT = 10**11  # bytes of a cache, if no limit is given
-# What a store tells of a file's contents or time, of which each has its own.
+IN_USE = 60.0  # seconds for which a requested file is kept, until it is opened
+LIMIT = 10**11  # default limit of the cache, in bytes
+# The metadata keys that identify a file's contents or time; each store has its own.
 _OF_CONTENTS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit")
 _VERSIONS = (*_OF_CONTENTS, "LastModified", "updated", "mtime", "created")
-# Errors of the stores' packages for credentials that are missing or incomplete; trying again does not help.
+# Errors of the stores' packages for missing or incomplete credentials; retrying does not help.
 _WITHOUT_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoAuthTokenError",  # botocore
     "DefaultCredentialsError", "RefreshError",  # google.auth
@@ -46,10 +46,10 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def data_path(path: str) -> str:
-    """A path of this machine, with `~` expanded, or a URL that fsspec knows.
+    """Return a local path, with `~` expanded, or a URL that fsspec knows.
 
     Raises:
-        ValueError: neither.
+        ValueError: if the text is neither a local path nor such a URL.
     """
     protocol, separator, rest = path.partition("://")
     if re.match(r"[^/@]*:[^/@]*@", rest):
@@ -63,7 +63,7 @@ DataPath = Annotated[str, AfterValidator(data_path)]
 
 
 def _pattern(path: str) -> str:
-    """A path or URL with placeholders; raises ValueError for one that nothing fills in, or that `data_path` refuses."""
+    """Return a path or URL with placeholders; raise ValueError if one is unknown, or `data_path` refuses the rest."""
     return data_path(check_placeholders(path, PLACEHOLDERS)) if is_url(path) else local_path(path, PLACEHOLDERS)
 
 
@@ -71,10 +71,10 @@ PlacePattern = Annotated[str, AfterValidator(_pattern)]  # a folder here or in a
 
 
 def n_bytes(size: int | str | None) -> int:
-    """A size as it is written: 100gb, 5e9 or a number of bytes.
+    """Parse a size: 100gb, 5e9 or a number of bytes.
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: if the text is not a size.
     """
     if size is None:
         return LIMIT
@@ -85,11 +85,11 @@ def n_bytes(size: int | str | None) -> int:
 
 
 class RemoteFile(NamedTuple):
-    """A file elsewhere."""
+    """A file in a store."""
 
     url: str
     size: int
-    version: str  # changes with its contents
+    version: str  # changes when the contents change
 
 
 class Store:
@@ -100,15 +100,15 @@ class Store:
 
         Args:
             cache: the cache folder (see `cache_root`).
-            limit: bytes that it holds at most, but for files that were asked for within the last minute.
+            limit: maximum bytes in the cache, not counting files that were requested within the last minute.
         """
         self._root, self._limit = cache / "remote", limit
 
     def find(self, url: str) -> dict[str, RemoteFile]:
-        """The files below a folder, of a glob, or one file, by their names below it.
+        """Find the files below a folder, of a glob, or one file, by their names below the folder.
 
         Raises:
-            ConfigError: there is none, it may not be read, or the store's package is not installed.
+            ConfigError: if nothing was found, access was denied, or the package for this store is not installed.
         """
         fs, path = opened(url)
 
@@ -132,21 +132,21 @@ class Store:
         }
 
     def fetch(self, file: RemoteFile) -> Path:
-        """The file on this machine.
+        """Fetch a file to this machine.
 
         Raises:
-            ConfigError: it is gone, may not be read, or is larger than the cache.
-            ResourceError: it could not be fetched in ATTEMPTS attempts.
+            ConfigError: if the file is gone, access was denied, or it is larger than the cache.
+            ResourceError: if fetching it has failed ATTEMPTS times.
         """
         name = PurePosixPath(file.url).name
         return self.keep(json.dumps(file), name, file.size, lambda to: fetch(file, to))
 
     def keep(self, key: str, name: str, size: int, make: Callable[[Path], None]) -> Path:
-        """A file or folder of the cache; made first if it is not there.
+        """Return a file or folder of the cache; make it first if it does not exist.
 
         Args:
-            key: what it is.
-            name: of the file or folder.
+            key: identifies the contents.
+            name: name of the file or folder.
             size: bytes.
             make: writes it.
         """
@@ -176,7 +176,7 @@ class Store:
             raise ConfigError(f"{folder}: cannot be written: {why}; set cache_dir to a folder with room") from error
 
     def _make_room(self, size: int) -> None:
-        """Delete what was not used for the longest time, until there is room within the limit and on the disk."""
+        """Delete the least recently used files until there is room within the limit and on the disk."""
         with FileLock(self._root / "room.lock"):
             found = []
             for folder in self._root.iterdir():
@@ -195,11 +195,11 @@ class Store:
 
 
 def listing(url: str) -> dict[str, RemoteFile]:
-    """The files below a folder by their names below it; none if there is no such folder.
+    """List the files below a folder by their names below it; empty if the folder does not exist.
 
     Raises:
-        ConfigError: it may not be read, or the store's package is not installed.
-        ResourceError: the store could not be asked in ATTEMPTS attempts.
+        ConfigError: if access was denied, or the package for this store is not installed.
+        ResourceError: if listing it has failed ATTEMPTS times.
     """
     fs, path = opened(url)
 
@@ -218,7 +218,7 @@ def listing(url: str) -> dict[str, RemoteFile]:
 
 
 def fetch(file: RemoteFile, to: Path) -> None:
-    """Write a file of a store to a path of this machine; raises as `listing`."""
+    """Copy a file from a store to a local path; the errors are those of `listing`."""
     fs, path = opened(file.url)
 
     def get() -> None:
@@ -235,7 +235,7 @@ def fetch(file: RemoteFile, to: Path) -> None:
 
 
 def part_of(file: RemoteFile, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file of a store; raises as `listing`."""
+    """Read bytes [start, stop) of a file in a store; the errors are those of `listing`."""
     fs, path = opened(file.url)
 
     def get() -> bytes:
@@ -248,10 +248,10 @@ def part_of(file: RemoteFile, start: int, stop: int) -> bytes:
 
 
 def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
-    """Write them to a path of this machine; raises as `listing`.
+    """Copy bytes [start, stop) to a local path; the errors are those of `listing`.
 
     Raises:
-        ConfigError: the file has changed since it was found.
+        ConfigError: if the file has changed since it was found.
     """
     content = part_of(file, start, stop)
     fs, path = opened(file.url)
@@ -268,13 +268,13 @@ def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
 
 
 def put(file: Path, url: str) -> None:
-    """Write a file of this machine to a store, where it is whole or not at all; raises as `listing`."""
+    """Copy a local file to a store; it appears there complete or not at all. The errors are those of `listing`."""
     fs, path = opened(url)
     is_local = isinstance(fs, LocalFileSystem)
     size = file.stat().st_size
 
     def write() -> None:
-        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores show whole objects alone
+        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores only show complete objects
         if is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -292,10 +292,10 @@ def put(file: Path, url: str) -> None:
 
 
 def put_folder(folder: Path, url: str, last: str) -> None:
-    """Write a folder of this machine in place of one of a store; raises as `listing`.
+    """Replace a folder in a store by a local one; the errors are those of `listing`.
 
     Args:
-        last: the name of a file without which the folder is not read: it is removed first and written last.
+        last: name of a file without which the folder is not read: it is removed first and written last.
     """
     delete(f"{url}/{last}")
     delete(url)
@@ -305,7 +305,7 @@ def put_folder(folder: Path, url: str, last: str) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete a file or a folder of a store, if it is there; raises as `listing`."""
+    """Delete a file or a folder in a store, if it exists; the errors are those of `listing`."""
     fs, path = opened(url)
 
     def remove() -> None:
@@ -335,7 +335,7 @@ def _version(info: dict) -> str:
 
 
 def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result:
-    """Try again where a store or the network fails; what is not there or not allowed fails at once.
+    """Call `act` and retry when a store or the network fails. Missing files and denied access fail at once.
 
     Args:
         done: what `act` does to `url`, for messages.
@@ -353,7 +353,7 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
             raise ConfigError(
                 f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"
             ) from None
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store raises its own types
             if type(error).__name__ in _WITHOUT_CREDENTIALS:
                 raise ConfigError(
                     f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment, e.g. "

@@ -1,9 +1,9 @@
-"""What the loader serves: rows of one length, by their number.
+"""The rows that the loader serves: all of one length, found by their number.
 
 Shapes: B rows, S max_seq_len.
-`Rows` are finite and in the order of the data; each kind of data has its own. An `Order` is what a run reads: row n of
-it is a function of (seed, n) alone, without end. `Epochs` is the order of one set of rows; data/mixture.py
-mixes orders.
+`Rows` are finite and in the order of the data; each kind of data has its own class. An `Order` is what a run reads: an
+endless sequence whose row n is a function of (seed, n) alone. `Epochs` is the order of one set of rows;
+data/mixture.py mixes orders.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 
-STRETCH = 4096  # rows whose places are computed at once
-IGNORE = -100  # the label of a position that is not predicted
+STRETCH = 4096  # rows whose positions are computed at once
+IGNORE = -100  # the label of positions that are not predicted
 
 
 class Block(NamedTuple):
-    """Some rows, in the order in which they were asked for."""
+    """Some rows, in the order in which they were requested."""
 
     tokens: NDArray[np.int64]  # (B, S)
     labels: NDArray[np.int64]  # (B, S), IGNORE where nothing is predicted
     documents: NDArray[np.int32] | None = None  # (B, S) each token's document, counted from the row's start
-    positions: NDArray[np.int64] | None = None  # (B, S) in its document; None: in the row
-    sources: NDArray[np.int64] | None = None  # (B,) the source of each row, by its place in a mixture
+    positions: NDArray[np.int64] | None = None  # (B, S) position in the document; None: in the row
+    sources: NDArray[np.int64] | None = None  # (B,) source of each row, by its index in a mixture
 
 
 class How(NamedTuple):
-    """How a run wants its rows."""
+    """How a run needs its rows."""
 
     length: int  # S
-    seed: int  # of the run
-    documents: bool = False  # whether blocks contain the number of each token's document
+    seed: int  # the run's seed
+    documents: bool = False  # whether blocks include each token's document number
     drop_last: bool = False  # leave out the last, partly filled row of an epoch
     special: SpecialTokens = PLAIN_TEXT  # the rule for special tokens
 
@@ -54,11 +54,11 @@ class Numbered:
     """Rows that are found by their number.
 
     Attributes:
-        fingerprint: equal fingerprints, equal rows.
+        fingerprint: rows with equal fingerprints are equal.
         length: S, tokens.
-        documents: whether blocks contain the number of each token's document.
-        own_positions: whether positions start anew inside a row.
-        sequences: equal parts of a row that the model sees apart: 2 for pairs (data/preferences.py).
+        documents: whether blocks contain the document number of each token.
+        own_positions: whether positions restart inside a row.
+        sequences: number of equal parts of a row that the model sees separately: 2 for pairs (data/preferences.py).
     """
 
     fingerprint: str
@@ -68,11 +68,11 @@ class Numbered:
     sequences: int = 1
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
-        """The rows with these numbers."""
+        """Read the rows with these numbers."""
         raise NotImplementedError
 
     def empty(self, n_rows: int) -> Block:
-        """A block to be filled; positions are those in the row."""
+        """Return a block to fill; its positions are those within the row."""
         shape = (n_rows, self.length)
         return Block(
             np.empty(shape, dtype=np.int64),
@@ -83,14 +83,14 @@ class Numbered:
 
 
 class Rows(Numbered):
-    """A number of rows, in the order of the data; a number past the end is a row without labels.
+    """A finite number of rows, in the order of the data. Row numbers past the end give rows without labels.
 
     Attributes:
-        title: in messages, e.g. "text_files-train".
-        n_rows: of one pass; the last may be partly filled.
-        n_full: without a last one that is partly filled.
-        n_tokens: labels of one pass, or the positions that may have one.
-        n_bytes: of the text as UTF-8; None if it is not known.
+        title: name in messages, e.g. "text_files-train".
+        n_rows: rows in one pass; the last may be partly filled.
+        n_full: rows in one pass, not counting a last one that is partly filled.
+        n_tokens: labels in one pass, or the positions that may have one.
+        n_bytes: bytes of the text as UTF-8; None if unknown.
     """
 
     title: str
@@ -111,9 +111,9 @@ class Rows(Numbered):
 
 
 class Stretch(NamedTuple):
-    """Some consecutive rows of an order, and their places in the data."""
+    """Consecutive rows of an order, and their places in the data."""
 
-    first: int  # the number of the first of them
+    first: int  # index of the first one
     places: NDArray[np.int64]
 
 
@@ -121,8 +121,8 @@ class Order(Numbered):
     """The endless sequence of rows of a run.
 
     Attributes:
-        rows_per_epoch: rows after which a new epoch begins.
-        labels: names of the sources of a mixture; empty for a single one.
+        rows_per_epoch: rows after which a new epoch starts.
+        labels: names of a mixture's sources; empty for a single dataset.
         once: what one pass over the data reads; None for a mixture, which has no end.
     """
 
@@ -131,12 +131,12 @@ class Order(Numbered):
     once: Rows | None = None
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that a row is in."""
+        """Return the stretch that contains a row."""
         raise NotImplementedError
 
 
 class RowsConfig(DatasetConfig):
-    """Root of the datasets that are more than text to be packed: they make their own rows."""
+    """Base of the datasets that make their own rows instead of giving text to pack."""
 
     split: str = "train"  # type: ignore[assignment]  # any name
 
@@ -145,15 +145,15 @@ class RowsConfig(DatasetConfig):
         raise NotImplementedError
 
     def of_split(self, split: str) -> Self:
-        """The same: other data is only read where the YAML names it."""
+        """Return the dataset itself: there is no other split to read."""
         return self
 
 
 def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
-    """The order in which a run reads a dataset. `dataset.max_seq_len` takes precedence over the run's.
+    """Open the order in which a run reads a dataset. `dataset.max_seq_len` takes precedence over the run's.
 
     Raises:
-        ConfigError: the data cannot be read, or does not fill one row.
+        ConfigError: if the data cannot be read, or does not fill one row.
     """
     how = how._replace(length=dataset.max_seq_len or how.length)
     if isinstance(dataset, RowsConfig):
@@ -166,36 +166,36 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
 
 
 class StreamReader:
-    """Rows of one or several token streams, a block at a time.
+    """Reads rows of one or several token streams, a block at a time.
 
-    Nothing but the read itself is done row by row, so many sources cost about as much as one.
+    Only the read itself is done row by row, so many sources cost about as much as one.
     """
 
     def __init__(self, streams: Sequence[TokenStream], length: int, documents: bool) -> None:
         """Read streams.
 
         Args:
-            streams: of one tokenizer.
+            streams: streams made with one tokenizer.
             length: S.
-            documents: whether blocks contain the number of each token's document.
+            documents: whether blocks contain the document number of each token.
         """
         self._streams, self._length, self._documents = streams, length, documents
-        self._watched = list(streams)  # whose checksums may still be compared
+        self._watched = list(streams)  # streams whose checksums may still be being compared
         self._dtype, self._end, self._opening = streams[0].dtype, streams[0].eos_token_id, streams[0].opening_token_id
-        # As if all streams were one: where each begins, and where shards do, in tokens.
+        # The streams are treated as one: offsets in tokens where streams and shards start.
         self._firsts = np.cumsum([0, *(stream.n_tokens for stream in streams)])
-        self._lasts = np.diff(self._firsts) - 1  # of each, its last token
+        self._lasts = np.diff(self._firsts) - 1  # index of each stream's last token
         inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
         self._shards = np.concatenate([*inside, self._firsts[-1:]])
         keys = [np.arange(stream.first_shard, stream.first_shard + stream.n_shards) for stream in streams]
-        self._keys = np.concatenate(keys)  # of each shard, in `open_shards`
+        self._keys = np.concatenate(keys)  # of each shard, for `open_shards`
 
     def read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Block:
-        """Rows: row i of a stream is its tokens [i*S, i*S + S + 1).
+        """Read rows: row i of a stream is its tokens [i*S, i*S + S + 1).
 
         Args:
             sources: (B,) the stream of each row.
-            numbers: (B,) of each row in its stream.
+            numbers: (B,) the number of each row in its stream.
         """
         unfinished = [stream for stream in self._watched if stream.is_watched]
         for stream in self._watched:
@@ -205,12 +205,12 @@ class StreamReader:
         raw = np.empty((len(numbers), length + 1), self._dtype)
         last = self._lasts[sources]
         starts = np.minimum(numbers * length, last)
-        counts = np.minimum(last - starts, length) + 1  # tokens of each row and the one after it
+        counts = np.minimum(last - starts, length) + 1  # tokens of each row, plus the next one
         places = self._firsts[sources] + starts
         shards = np.searchsorted(self._shards, places, side="right") - 1
         offsets = (places - self._shards[shards]) * size
-        across = places + counts > self._shards[shards + 1]  # from one shard to the next
-        # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
+        across = places + counts > self._shards[shards + 1]  # whether a row spans two shards
+        # Read file by file, so that a file's kernel and Python state stays in the caches for all its rows in a batch.
         order = np.argsort(shards, kind="stable")
         order = order[~across[order]]
         opened, file = -1, None
@@ -230,7 +230,7 @@ class StreamReader:
             labels[i, counts[i] - 1 :] = IGNORE
         if not self._documents:
             return Block(tokens, labels)
-        # A document's first token is predicted from the token that opens it, and from nothing before that.
+        # A document's first token is predicted from the token that opens it, and from nothing before.
         documents = (raw[:, :-1] == self._opening).astype(np.int32)
         return Block(tokens, labels, np.cumsum(documents, axis=1, out=documents))
 
@@ -258,10 +258,10 @@ class StreamRows(Rows):
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
-    """The order of a dataset's rows: it is shuffled unless told otherwise, or named for evaluation.
+    """Return the order of a dataset's rows. It is shuffled unless the YAML says otherwise or it is for evaluation.
 
     Raises:
-        ConfigError: there is no whole row where one is needed.
+        ConfigError: if a full row is needed and there is none.
     """
     held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
     shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
@@ -270,18 +270,18 @@ def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
 
 
 class Epochs(Order):
-    """All rows again and again: row n is in epoch n // rows_per_epoch, at the place that a keyed permutation gives."""
+    """All rows, repeatedly: row n is in epoch n // rows_per_epoch, at a place given by a keyed permutation."""
 
     def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False, block: int | None = None) -> None:
         """Order rows.
 
         Args:
-            seed: of the permutations; None keeps the order of the data.
-            drop_last: leave out a partly filled row.
-            block: rows that are shuffled together (`permuted_in_blocks`); None: all of them.
+            seed: seed of the permutations; None keeps the order of the data.
+            drop_last: leave out a partly filled last row.
+            block: number of rows that are shuffled together (`permuted_in_blocks`); None: all.
 
         Raises:
-            ConfigError: no row is left.
+            ConfigError: if no row is left.
         """
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
@@ -308,20 +308,23 @@ class Epochs(Order):
 
 
 class Places:
-    """Where in their data the rows of several orders are. The last stretch of each is kept: rows come in order."""
+    """Finds where rows of several orders are in their data.
+
+    Rows are requested in order, so the last stretch of each order is kept.
+    """
 
     def __init__(self, orders: Sequence[Order]) -> None:
         self._orders = orders
         self._first = np.zeros(len(orders), dtype=np.int64)
-        self._stop = np.zeros(len(orders), dtype=np.int64)  # none is kept yet
+        self._stop = np.zeros(len(orders), dtype=np.int64)  # none is cached yet
         self._kept = np.empty((len(orders), STRETCH), dtype=np.int64)
 
     def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(B,) the places of rows.
+        """Return the places of rows: (B,).
 
         Args:
             sources: (B,) the order of each row.
-            numbers: (B,) of each row in its order.
+            numbers: (B,) the number of each row in its order.
         """
         places = np.empty_like(numbers)
         rest = np.arange(len(numbers))

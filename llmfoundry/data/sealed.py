@@ -1,4 +1,4 @@
-"""Folders of the cache whose files are compared with the checksums that they were written with."""
+"""Cache folders whose files are compared with the checksums that were written with them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llmfoundry.strict_json import read_mapping
 log = logging.getLogger(__name__)
 
 SEAL = "checksums.json"
-_BLOCK = 2**28  # bytes of a file that have a checksum of their own, so that ranks divide a large file
+_BLOCK = 2**28  # bytes per checksum, so that ranks can divide a large file
 
 
 def sealed_once(folder: Path, make: Callable[[Path], None]) -> Watch:
-    """Make a folder, unless it is there (`made_once`), and compare its files. One that is damaged is made again.
+    """Make a folder if it does not exist (`made_once`), and compare its files. A damaged one is made again.
 
     Args:
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: it cannot be made.
-        Damaged: nor made again.
+        ConfigError: if the folder cannot be made.
+        Damaged: if the folder is damaged and cannot be made again.
     """
 
     def write(temporary: Path) -> None:

@@ -1,4 +1,4 @@
-"""A batch as a person reads it: its rows decoded, with what is learned in green, and a bar between documents."""
+"""Show a batch to a person: decoded rows, with learned tokens in green and a bar between documents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.rows import IGNORE
 
-ROWS = 8  # shown of a batch
+ROWS = 8  # rows shown per batch
 
 
 class Marks(NamedTuple):
-    """What is put around parts of a text."""
+    """The strings put around parts of a text."""
 
     learned: str
-    off: str  # after what is learned
+    off: str  # resets the style after learned text
     dim: str
     undim: str
-    said: str  # how what is learned looks
+    said: str  # describes the style of learned text
 
 
 TERMINAL = Marks("\x1b[32m", "\x1b[0m", "\x1b[2m", "\x1b[0m", "\x1b[32mgreen\x1b[0m")
@@ -35,12 +35,12 @@ def shown(
     most: int = ROWS,
     marks: Marks = TERMINAL,
 ) -> Iterator[str]:
-    """The first rows of a batch, as lines.
+    """Yield the first rows of a batch, as lines.
 
     Args:
         sources: names of the sources of a mixture.
-        most: rows that are shown.
-        marks: for a terminal or plain.
+        most: maximum number of rows.
+        marks: marks for a terminal or for plain text.
     """
     n_rows, length = batch.tokens.shape
     yield f"the first batch: {n_rows:,} rows of {length:,} tokens; what is learned is {marks.said}"
@@ -59,7 +59,7 @@ def shown(
 def as_data(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str] = ()
 ) -> Iterator[dict[str, object]]:
-    """The rows of a batch for JSON: pieces of text in order, each of one document and learned or not."""
+    """Yield a batch's rows for JSON: pieces of text in order. Each belongs to one document and is learned or not."""
     for i, number in enumerate(batch.rows.tolist()):
         row = _row(batch, i)
         pieces = [
@@ -75,17 +75,17 @@ class _Row(NamedTuple):
     """A row of a batch."""
 
     tokens: list[int]
-    learned: list[bool]  # whether each is predicted from the one before
+    learned: list[bool]  # whether each token is predicted from the previous one
     documents: list[int]
-    filled: bool  # else document 0 is what fills the row
-    n_labels: int  # that of the last token included
+    filled: bool  # whether document 0 is not padding
+    n_labels: int  # including that of the last token
 
     @property
     def n_documents(self) -> int:
         return len({each for each in self.documents if each or self.filled})
 
     def pieces(self) -> Iterator[tuple[int, bool, list[int]]]:
-        """Document, whether it is learned, and tokens, in order."""
+        """Pieces in order: document, whether it is learned, and tokens."""
         places = range(len(self.tokens))
         for (document, learned), group in groupby(places, key=lambda t: (self.documents[t], self.learned[t])):
             yield document, learned, [self.tokens[t] for t in group]

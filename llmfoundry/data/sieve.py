@@ -1,4 +1,4 @@
-"""Which documents of a source are kept: none that is empty, one of several equal ones, what a function lets pass."""
+"""Choose the documents of a source to keep: empty ones, duplicates and those that a function rejects are dropped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple, Self
 
 
 class Counts(NamedTuple):
-    """What has been read so far, and what became of it."""
+    """How many documents were read, and what became of them."""
 
-    read: int = 0  # documents
+    read: int = 0  # number of documents
     empty: int = 0
-    duplicates: int = 0  # equal to an earlier one
-    filtered: int = 0  # left out by the function
+    duplicates: int = 0  # identical to an earlier one
+    filtered: int = 0  # rejected by the function
     kept: int = 0
-    kept_bytes: int = 0  # as UTF-8
+    kept_bytes: int = 0  # in UTF-8
 
     def plus(self, other: Self) -> Self:
-        """Both together."""
+        """Return the sum of two counts."""
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """E.g. `read 10 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
+        """Return the counts as text, e.g. `read 9 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
         counts = {"empty": self.empty, "duplicates": self.duplicates, "by the filter": self.filtered}
         left = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
         left = f"; left out {left}" if left else ""
@@ -33,19 +33,19 @@ NONE = Counts()
 
 
 class Sieve:
-    """Takes documents one by one. With `dedup` it remembers 16 bytes of each, about 100 bytes of memory."""
+    """Filters documents one by one. With `dedup` it remembers 16 bytes per document, which take about 100 in memory."""
 
     def __init__(self, dedup: bool = False, keep: Callable[[str], bool] | None = None) -> None:
         self._seen: set[bytes] | None = set() if dedup else None
         self._keep = keep
 
     def see(self, documents: Iterable[str]) -> None:
-        """Remember documents that were taken elsewhere, so that equal ones are duplicates."""
+        """Remember documents that were read elsewhere, so that equal ones count as duplicates."""
         if self._seen is not None:
             self._seen.update(digest(document.encode()) for document in documents if document)
 
     def through(self, documents: Iterable[str], counts: Counts = NONE) -> Iterator[tuple[str, Counts]]:
-        """The documents that are kept, each with the counts after it, which go on from `counts`."""
+        """Yield the documents that are kept, each with the counts after it, starting from `counts`."""
         read, empty, duplicates, filtered, kept, kept_bytes = counts
         for document in documents:
             read += 1
@@ -61,7 +61,7 @@ class Sieve:
                 yield document, Counts(read, empty, duplicates, filtered, kept, kept_bytes)
         self.last = Counts(
             read, empty, duplicates, filtered, kept, kept_bytes
-        )  # with those after the last that is kept
+        )  # includes documents after the last one kept
 
     def _is_known(self, document: str) -> bool:
         assert self._seen is not None
@@ -71,5 +71,5 @@ class Sieve:
 
 
 def digest(content: bytes) -> bytes:
-    """16 bytes that tell equal contents."""
+    """Return a digest of 16 bytes: equal for equal contents."""
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,6 +1,6 @@
-"""Where text comes from: each dataset is a list of documents in a fixed order, with a fingerprint.
+"""Sources of text: each dataset is a list of documents in a fixed order, with a fingerprint.
 
-A path that is given for one purpose is read whole. Where both loaders of a run read the same text, a part of it is held
+A path that is given for one purpose is read whole. If both loaders of a run read the same text, a part of it is held
 out for validation (`paired`, and data/split.py).
 """
 
@@ -26,11 +26,11 @@ from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import cache_root, seed_of
 
-HELD_OUT = 0.05  # of the text that both loaders read
+HELD_OUT = 0.05  # fraction of the text that both loaders read
 
 
 class Piece(NamedTuple):
-    """A part of a source that can be read on its own: a file."""
+    """A part of a source that can be read separately: a file."""
 
     n_bytes: int
     read: Callable[[], Iterator[str]]
@@ -40,23 +40,23 @@ class Piece(NamedTuple):
 class Source:
     """Documents in a fixed order."""
 
-    title: str  # in messages and folder names, e.g. "python_stdlib-train"
-    fingerprint: str  # hex; equal fingerprints, equal documents
-    read: Callable[[], Iterator[str]]  # may give empty documents
-    n_bytes: int | None = None  # about how long the text is, for estimates of time; None: unknown
+    title: str  # for messages and folder names, e.g. "python_stdlib-train"
+    fingerprint: str  # hex; equal for equal documents
+    read: Callable[[], Iterator[str]]  # may yield empty documents
+    n_bytes: int | None = None  # approximate size of the text, to estimate time; None: unknown
     summary: str = ""  # what is read, skipped and held out, for the log
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
-    pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
-    dedup: bool = False  # of equal documents only the first is kept
-    keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
-    stamps: Stamps = ()  # as of the fingerprint
-    memory: Path | None = None  # where `remember` writes
+    pieces: tuple[Piece, ...] = ()  # the same documents by file, if there are files
+    dedup: bool = False  # keep only the first of identical documents
+    keep: Callable[[str], bool] | None = None  # whether to keep a document; None: keep all
+    stamps: Stamps = ()  # for the fingerprint
+    memory: Path | None = None  # where `remember` writes to
 
     def documents(self) -> Iterator[str]:
-        """Every document that is kept; none is empty.
+        """Yield every document that is kept; none is empty.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: if no document is kept.
         """
         empty = True
         for document, _ in self.sieve().through(self.read()):
@@ -66,24 +66,24 @@ class Source:
             raise self.nothing()
 
     def check_unchanged(self) -> None:
-        """Check that the files are those that the fingerprint was taken of: to be called when they have been read.
+        """Check that the files have not changed since their fingerprint was taken; call it after reading them.
 
         Raises:
-            ConfigError: naming the first that has changed.
+            ConfigError: if a file has changed; the message names the first one.
         """
         check_unchanged(self.title, self.stamps)
 
     def remember(self) -> None:
-        """Write down what this source was, for a run that goes on when its files are gone, from tokens in the cache."""
+        """Record what this source was, so that a run can continue from cached tokens when its files are gone."""
         if self.memory is not None:
             remember(self.memory, Provenance(self.title, self.fingerprint, self.n_bytes, self.files))
 
     def sieve(self) -> Sieve:
-        """A new one, by this source's rules."""
+        """Return a new sieve with this source's rules."""
         return Sieve(self.dedup, self.keep)
 
     def nothing(self) -> ConfigError:
-        """What to say where no document is kept."""
+        """Return the error message if no document is kept."""
         rules = ", or check dedup and filter" if self.dedup or self.keep is not None else ""
         return ConfigError(
             f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
@@ -91,7 +91,7 @@ class Source:
         )
 
     def text_bytes(self, limit: int | None = None) -> bytes:
-        """All documents as UTF-8, joined, or their first `limit` bytes: the input of a compressor."""
+        """Return all documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
         text = bytearray()
         for document in self.documents():
             text += document.encode()
@@ -109,34 +109,34 @@ class DatasetConfig(Choice, tag="name"):
     """A dataset: which documents, which of its two splits, and how its rows are served."""
 
     name: str  # the kind of data
-    split: Split = "train"  # of an eval_loader, if left out: validation
-    # The share that is held out where train_loader and eval_loader read the same text (None: 0.05), or where a
-    # train_loader asks for it. Names of splits (train/, val-00000.parquet) go before it.
+    split: Split = "train"  # in an eval_loader, the default is validation
+    # Fraction to hold out if train_loader and eval_loader read the same text (None: 0.05), or if a train_loader sets
+    # it. Names of splits (train/, val-00000.parquet) take precedence.
     validation_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
     max_seq_len: int | None = Field(default=None, ge=1)  # tokens per row; None: the run's max_seq_len
-    shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
+    shuffle: bool | None = None  # None: shuffle the train split, but not the validation split
     shuffle_seed: int | None = None  # None: the run's seed
-    # Rows that are shuffled together, read from 16 places of the data: shards in a store are then fetched about once in
-    # an epoch, though the cache holds few of them. None: all rows.
+    # Number of rows to shuffle together, read from 16 places in the data. Shards in a store are then fetched about once
+    # per epoch, even if the cache holds few of them. None: all rows.
     shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
-    # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
+    # Maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
-        """Find the documents; reads them once for their fingerprint and writes at most that fingerprint."""
+        """Find the documents and read them once for their fingerprint, which is all that may be written."""
         raise NotImplementedError
 
     def store(self) -> Store:
-        """Fetches files from elsewhere."""
+        """Return the store that fetches remote files."""
         return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def memory(self, *places: str | None, rules: Sequence[str] = ()) -> Path:
-        """Where it is written what this dataset's source was, once it is tokenised.
+        """Return where the record of this dataset's source is kept once it is tokenized.
 
         Args:
-            places: paths and URLs that it is read from.
-            rules: what else decides its documents.
+            places: paths and URLs that the dataset reads.
+            rules: everything else that decides its documents.
         """
         served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed", "shuffle_block_size"}
         settings = json.dumps(self.model_dump(mode="json", exclude=served))
@@ -145,24 +145,24 @@ class DatasetConfig(Choice, tag="name"):
         return cache_root(self.cache_dir) / "sources" / f"{name}.json"
 
     def heap(self) -> str:
-        """Names the text that both splits are taken from: equal for two datasets that read the same."""
+        """Return a name for the text that both splits come from. It is equal for datasets that read the same text."""
         return json.dumps(self.model_dump(mode="json", exclude=set(DatasetConfig.model_fields) - {"name"}))
 
     def parts(self) -> list[DatasetConfig]:
-        """The datasets of a mixture; any other is its own only part."""
+        """Return the datasets of a mixture; for any other dataset, only itself."""
         return [self]
 
     def with_parts(self, parts: Sequence[DatasetConfig]) -> DatasetConfig:
-        """The same with other parts."""
+        """Return a copy with other parts."""
         (only,) = parts
         return only
 
     def of_split(self, split: Split) -> Self:
-        """The same dataset's other (or same) split."""
+        """Return a copy for the other (or the same) split."""
         return self.model_copy(update={"split": split})
 
     def whole(self) -> Self:
-        """The same dataset, all of it for its split."""
+        """Return a copy that reads all of its text for its split."""
         return self._holding_out(0.0 if self.split == "train" else 1.0)
 
     def _holding_out(self, fraction: float) -> Self:
@@ -178,14 +178,14 @@ class DatasetConfig(Choice, tag="name"):
 
 
 def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[DatasetConfig, DatasetConfig | None]:
-    """The datasets of a run, each with the `validation_fraction` that makes it read what it was given for.
+    """Return the datasets of a run, with the `validation_fraction` of each resolved.
 
-    Text that one side reads alone is read whole, except that a train loader may ask for a part to be held out. Of text
-    that both sides read, one fraction is held out. Where all was trained on (fraction 0), a validation split that
-    states no fraction is all of it too.
+    Text that only one loader reads is read whole, unless a train loader asks for a part to be held out. If both loaders
+    read a text, one fraction of it is held out. If all of it was trained on (fraction 0), a validation split that
+    states no fraction reads all of it too.
 
     Raises:
-        ConfigError: the two state different fractions of the same text.
+        ConfigError: if the two state different fractions of the same text.
     """
     stated = train.validation_fraction
     if evaluation is None or evaluation.heap() != train.heap():
@@ -206,7 +206,7 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
 
 
 def paired_run(train: DatasetConfig, evaluations: Sequence[DatasetConfig]) -> tuple[DatasetConfig, list[DatasetConfig]]:
-    """The same for each dataset of a mixture, and any number of datasets for evaluation."""
+    """Do the same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
     parts, others = train.parts(), []
     shared = set()
     for evaluation in evaluations:
@@ -226,10 +226,10 @@ def _as_evaluation(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -> None:
-    """Refuse a run that would be evaluated on the text that it is trained on; reads both for their fingerprints.
+    """Refuse a run that would evaluate on its training text. Both datasets are read for their fingerprints.
 
     Raises:
-        ConfigError: the two hold the same documents, or read the same file.
+        ConfigError: if the two contain the same documents, or read the same file.
     """
     if evaluation is None:
         return
@@ -263,7 +263,7 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
         names = []
         for folder, inside, files in os.walk(root):
             inside[:] = set(inside) - outside
-            # _sysconfigdata*.py is written by each build of Python: paths and flags, no source.
+            # _sysconfigdata*.py is generated when Python is built: paths and flags, not source code.
             found = [file for file in files if file.endswith(".py") and not file.startswith("_sysconfigdata")]
             names += [Path(folder, file).relative_to(root).as_posix() for file in found]
         if not names:
@@ -281,15 +281,15 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
 
 
 class SyntheticConfig(DatasetConfig, names=("synthetic",)):
-    """Made-up text with a rule that can be learned: a Markov chain over words, four possible after each.
+    """Generated text with a rule that can be learned: a Markov chain over words, each with four successors.
 
     A model that knows the rule needs 1.74 bits per word; one that knows only the words, log2(vocab_size).
     """
 
-    vocab_size: int = Field(default=64, ge=2, le=10**6)  # different words
-    n_documents: int = Field(default=2000, ge=1, le=10**8)  # both splits together
-    document_words: int = Field(default=200, ge=1, le=10**6)  # words of one document
-    seed: int = 0  # of the rule and of the text
+    vocab_size: int = Field(default=64, ge=2, le=10**6)  # number of different words
+    n_documents: int = Field(default=2000, ge=1, le=10**8)  # documents in both splits together
+    document_words: int = Field(default=200, ge=1, le=10**6)  # words per document
+    seed: int = 0  # seed of the rule and of the text
 
     def build(self) -> Source:
         settings = (self.vocab_size, self.n_documents, self.document_words, self.seed)
@@ -315,15 +315,15 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 
 
 def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
-    """SHA-256 of plain values."""
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def gone_source(memory: Path, gone: Gone) -> Source:
-    """A source whose files are gone, as it was when its tokens were made; it cannot be read.
+    """Return the record of a source whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: it was never tokenised on this machine.
+        ConfigError, ResourceError: if the source was never tokenized on this machine.
     """
     known = recalled(memory, gone)
 
@@ -339,12 +339,12 @@ def _digest(path: Path) -> str:
 
 
 def _read_python(path: Path) -> str:
-    with tokenize.open(path) as file:  # honours a file's coding line
+    with tokenize.open(path) as file:  # honors a file's coding line
         return file.read()
 
 
 def _word(index: int) -> str:
-    """A pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
+    """Return a pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
     syllables = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]
     word = ""
     while not word or index:

@@ -1,8 +1,8 @@
-"""Which text is for training and which is held out for validation.
+"""Decide which text is for training and which is held out for validation.
 
-The names of files and folders decide where they tell the splits apart. Only where one heap of text serves both sides,
-and its names say nothing, a hash decides: of a file's name, or of the text of a row. So a document stays on its side
-when others come or go. A single text is cut: its end is held out.
+Names of files and folders decide if they tell the splits apart. If one body of text serves both splits and its names
+say nothing, a hash decides: of a file's name, or of a row's text. A document therefore stays in its split when others
+are added or removed. A single text is cut, and its end is held out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from llmfoundry.config import ConfigError
 from llmfoundry.data.files import COMPRESSIONS, FORMATS
 
-# Tables of fewer bytes are looked through, so that neither split is left without a row.
+# Smaller tables are scanned, so that neither split is left without a row.
 FEW_BYTES = 2**22
 
 Split = Literal["train", "validation"]
@@ -30,25 +30,25 @@ _WORDS = {
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
 _ENDINGS = {ending.removeprefix(".") for ending in (*FORMATS, *COMPRESSIONS)}
 _HELD_OUT = re.compile(r"(held|hold)[-_ ]out")
-# Numbers of shards, and the hashes that the Hugging Face hub adds: train-00000-of-00004-a09b74b3ef9c3b56.parquet.
+# Shard numbers, and the hashes that the hub adds: train-00000-of-00004-a09b74b3ef9c3b56.parquet.
 _NUMBERING = re.compile(r"(part|shard|chunk|of)?\d*|[0-9a-f]{16}")
 
 
 class _Label(NamedTuple):
-    """What a name says: `train_en-00001.txt` in `data` is of the split train, at the place (data, (en,))."""
+    """What a name says: `train_en-00001.txt` in `data` belongs to the split train, at the place (data, (en,))."""
 
     split: str
-    place: tuple[str, tuple[str, ...]]  # equal for names that differ only in their split and number
+    place: tuple[str, tuple[str, ...]]  # equal for names that differ only in split and number
 
 
 class Selection(NamedTuple):
-    """The files of one side."""
+    """The files of one split."""
 
     kept: list[str]
-    left: dict[str, list[str]]  # what the others are (validation, test, "" for no split): their names
+    left: dict[str, list[str]]  # names of the other files, by split (validation, test, "" for none)
 
     def said(self, split: Split) -> str:
-        """E.g. `, the train split by name; not read: 2 of validation (e.g. val/a.txt)`."""
+        """Return a note for the log, e.g. `, the train split by name; not read: 2 of validation (e.g. val/a.txt)`."""
         left = [f"{len(names)} of {what or 'no split'} (e.g. {names[0]})" for what, names in self.left.items()]
         return f", the {split} split by name; not read: {', '.join(left)}"
 
@@ -56,17 +56,18 @@ class Selection(NamedTuple):
 def select(sizes: Mapping[str, int], split: Split, *, given_for_validation: bool) -> Selection | None:
     """Choose the files of a split by the usual names of splits, or return None if the names do not tell them apart.
 
-    They do if a name for training and one for validation or test differ in nothing else (`train/` beside `val/`,
-    `en-train-00000.parquet` beside `en-validation-00000.parquet`): then files of no split belong to neither side.
-    Or if plain `val`, `dev`, `test`, ... stand at the top beside other files: then the others are for training.
+    They do in two cases. A name for training and one for validation or test differ in nothing else (`train/` beside
+    `val/`, `en-train-00000.parquet` beside `en-validation-00000.parquet`): then files without a split's name are in
+    neither. Or plain `val`, `dev`, `test`, ... are at the top level beside other files: then the others are for
+    training.
 
     Args:
         sizes: bytes of each file by its name below the folder, with `/`.
-        given_for_validation: whether the whole folder was given for validation: then only names for training keep
-            anything out of it.
+        given_for_validation: whether the whole folder was given for validation. Then only files named for training are
+            left out.
 
     Raises:
-        ConfigError: more than half of the text is in files of no split.
+        ConfigError: if more than half of the text is in files without a split's name.
     """
     labels = {name: _label(name) for name in sizes}
     at: dict[tuple[str, tuple[str, ...]], set[str]] = defaultdict(set)
@@ -103,7 +104,7 @@ def _check_most_has_a_split(sizes: Mapping[str, int], parts: Mapping[str, Sequen
 
 
 def _label(name: str) -> _Label | None:
-    """What the first folder on the way to a file says, or the file itself, that is named for a split."""
+    """Return the split named by the first folder on the path that names one, or by the file itself."""
     above: list[str] = []
     for part in name.casefold().split("/"):
         words = re.split(r"[-_. ]+", _HELD_OUT.sub("heldout", part))
@@ -118,22 +119,22 @@ def _label(name: str) -> _Label | None:
 
 
 def share(key: str) -> float:
-    """A number in [0, 1) that is a function of the key alone."""
+    """Return a number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:7], "big") / 2**56
 
 
 def keeps(key: str, split: Split, fraction: float) -> bool:
-    """Whether the document with this key is of `split`, where `fraction` of all are held out."""
+    """Return whether the document with this key belongs to `split`, if `fraction` of all documents are held out."""
     return (share(key) < fraction) == (split == "validation")
 
 
 def filling_both(shares: Collection[float], fraction: float) -> float:
-    """The nearest fraction to `fraction` that leaves neither split empty, given the shares of two or more documents."""
+    """Return the fraction nearest to `fraction` that leaves neither split empty, for two or more documents' shares."""
     return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
 
 
 def cut(text: str, split: Split, fraction: float) -> str:
-    """The part of a text that is of `split`: its last `fraction` is held out, from the start of a line near by."""
+    """Return the part of a text that belongs to `split`. Its last `fraction` is held out, cut at a start of a line."""
     point = min(max(round(len(text) * (1 - fraction)), 1), max(len(text) - 1, 0))
     line = text.rfind("\n", 0, point) + 1
     if line and point - line <= len(text) * fraction / 2:

@@ -1,4 +1,4 @@
-"""Numbers of a dataset: how many documents or rows, how long they are, and how many are equal."""
+"""Statistics of a dataset: number of documents or rows, their lengths, and duplicates."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from llmfoundry.data.sieve import digest
 from llmfoundry.data.tokenizer import Encoder
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-_TEXTS = 256  # tokenised at once
+_TEXTS = 256  # texts tokenized at once
 
 
 class Lengths(NamedTuple):
-    """How long things are."""
+    """A distribution of lengths."""
 
     what: str  # e.g. "tokens per document"
     total: int
     mean: float
-    quantiles: dict[str, int]  # by the names of QUANTILES
+    quantiles: dict[str, int]  # keyed by QUANTILES
 
 
 class Statistics(NamedTuple):
-    """What a dataset holds, or the first of it."""
+    """Statistics of a dataset, or of its first part."""
 
     name: str
     kind: str  # "documents" or "rows"
-    number: int  # of them
+    number: int  # number of documents or rows
     empty: int  # documents without text, or rows without a label
-    duplicates: int  # equal to an earlier one
+    duplicates: int  # identical to an earlier one
     lengths: list[Lengths]
     complete: bool  # whether all of it was read
-    summary: str = ""  # what is read and skipped
+    summary: str = ""  # what was read and skipped
 
 
 def lengths_of(what: str, lengths: NDArray[np.int64]) -> Lengths:
-    """The distribution of lengths."""
+    """Compute the distribution of lengths."""
     if not len(lengths):
         return Lengths(what, 0, 0.0, dict.fromkeys(QUANTILES, 0))
     found = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf").astype(int).tolist()
@@ -50,10 +50,10 @@ def lengths_of(what: str, lengths: NDArray[np.int64]) -> Lengths:
 def of_texts(
     name: str, documents: Iterator[str], encoder: Encoder | None, limit: int | None, summary: str = ""
 ) -> Statistics:
-    """Of documents: their bytes, and with an encoder their tokens.
+    """Statistics of documents: bytes and, with an encoder, tokens.
 
     Args:
-        limit: documents that are read at most; None: all.
+        limit: maximum number of documents to read; None: all.
     """
     sizes, tokens, hashes, empty = [], [], bytearray(), 0
     first = itertools.islice(documents, limit)
@@ -73,7 +73,7 @@ def of_texts(
 
 
 def of_rows(name: str, rows: Rows, limit: int | None) -> Statistics:
-    """Of rows that a dataset makes itself: labels, and where rows hold several documents, the documents' tokens."""
+    """Statistics of rows that a dataset makes itself: labels, and tokens per document if rows hold several."""
     n = rows.n_rows if limit is None else min(limit, rows.n_rows)
     labels, documents, hashes = [], [], bytearray()
     for start in range(0, n, _TEXTS):
@@ -83,7 +83,7 @@ def of_rows(name: str, rows: Rows, limit: int | None) -> Statistics:
         for row in block.tokens:
             hashes += digest(row.tobytes())
         if block.documents is not None:
-            # Document 0 of a row with positions of its own is what fills it.
+            # In a row with per-document positions, document 0 is the padding.
             first = 1 if block.positions is not None else 0
             documents += [n for ids in block.documents for n in np.bincount(ids)[first:].tolist() if n]
     lengths = [lengths_of("labels per row", np.array(labels, np.int64))]
@@ -98,12 +98,12 @@ def _duplicates(hashes: bytes | bytearray) -> int:
 
 
 def as_data(each: Statistics) -> dict[str, object]:
-    """For JSON."""
+    """Return the statistics as JSON data."""
     return each._asdict() | {"lengths": [lengths._asdict() for lengths in each.lengths]}
 
 
 def lines(found: Sequence[Statistics]) -> Iterable[str]:
-    """For a file or a pipe."""
+    """Return the statistics as lines for a file or a pipe."""
     for each in found:
         if each.summary:
             yield f"{each.name}: {each.summary}"

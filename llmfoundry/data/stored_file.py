@@ -1,4 +1,4 @@
-"""Large files of a store at random places: blocks that are read are fetched, into the bounded cache of remote.py."""
+"""Random access to large files in a store. Blocks that are read are fetched into the bounded cache of remote.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import RemoteFile, Store, fetch_part, part_of
 
-BLOCK = 2**26  # bytes that are fetched at a time
-_OPEN_BLOCKS = 16  # of a file, kept open
+BLOCK = 2**26  # bytes fetched at a time
+_OPEN_BLOCKS = 16  # blocks kept open per file
 
 
 class StoredFile:
-    """A file of a store; read as `OpenFile` is."""
+    """A file in a store, with the methods of `OpenFile`."""
 
     def __init__(self, file: RemoteFile, store: Store) -> None:
         self.path, self.size = Path(file.url.partition("://")[2]), file.size
@@ -23,11 +23,11 @@ class StoredFile:
         self._open: OrderedDict[int, OpenFile] = OrderedDict()
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop).
+        """Read bytes [start, stop).
 
         Raises:
-            ConfigError: the file is gone, or a block of it is larger than the cache.
-            ResourceError: it could not be fetched.
+            ConfigError: if the file is gone, or one of its blocks is larger than the cache.
+            ResourceError: if a block could not be fetched.
         """
         parts = []
         while start < stop:
@@ -38,7 +38,7 @@ class StoredFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def sample(self, start: int, stop: int) -> bytes:
-        """A few bytes, without fetching their blocks; raises as `read`."""
+        """Read a few bytes without fetching their blocks; the errors are those of `read`."""
         return part_of(self._file, start, stop)
 
     def _block(self, number: int) -> OpenFile:

@@ -1,4 +1,4 @@
-"""The rows of the tables in a folder, a glob or a file, of one of the two sides of a run."""
+"""The rows of tables in a folder, a glob or a file, for one split of a run."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from llmfoundry.data.watch import Watch
 
 
 class Table(NamedTuple):
-    """Rows, before anything is made of them."""
+    """Rows, before they are converted."""
 
     title: str
     fingerprint: str
-    rows: Iterator[tuple[Row | BadRow, str]]  # and where each is, for messages
+    rows: Iterator[tuple[Row | BadRow, str]]  # with the location of each, for messages
     summary: str = ""
     files: frozenset[Path] = frozenset()
     stamps: Stamps = ()
 
     def made(self, folder: Path, make: Callable[[Path], None], memory: Path) -> Watch:
-        """Make a folder of the cache from the rows, unless it is there.
+        """Make a cache folder from the rows if it does not exist.
 
         Args:
             make: fills the temporary folder that it is given.
-            memory: of the dataset, for when its files are gone.
+            memory: the dataset's record, for when its files are gone.
 
         Raises:
-            ConfigError: the rows cannot be read, or their files were changed meanwhile.
+            ConfigError: if the rows cannot be read, or their files have changed in the meantime.
         """
 
         def checked(temporary: Path) -> None:
@@ -57,31 +57,31 @@ class Table(NamedTuple):
 
 
 def gone_table(memory: Path, gone: Gone) -> Table:
-    """A table whose files are gone, as it was when its tokens were made; it cannot be read.
+    """Return the record of a table whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: it was never tokenised on this machine.
+        ConfigError, ResourceError: if the table was never tokenized on this machine.
     """
     known = recalled(memory, gone)
 
     def rows() -> Iterator[tuple[Row | BadRow, str]]:
         raise gone.error
-        yield  # a generator
+        yield  # makes this a generator
 
     return Table(known.title, known.fingerprint, rows(), said_of_gone(gone, known.title), known.files)
 
 
 def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -> Table:
-    """The rows of a dataset's side.
+    """Find the rows of a dataset's split.
 
     Args:
         where: a folder, a glob or one file, also by URL.
-        dataset: says the split, what is held out, and the cache.
-        lenient: whether damage to a file is found row by row.
+        dataset: gives the split, the fraction that is held out, and the cache.
+        lenient: report damage to a file row by row.
 
     Raises:
-        ConfigError: there is no table.
-        Gone: nor anything else.
+        ConfigError: if no table was found.
+        Gone: if the place does not exist.
     """
     found, skipped = find_or_gone(where, dataset.store())
     files = {name: file for name, file in found.items() if _is_table(file.path)}
@@ -116,10 +116,10 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
 
 
 def _filling_both(where: str, files: Iterable[File], fraction: float) -> float:
-    """The fraction of rows to hold out of small files, so that neither side is left without a row.
+    """Return the fraction of rows to hold out of small files so that both splits get a row.
 
     Raises:
-        ConfigError: there is one row for two sides.
+        ConfigError: if there is only one row for two splits.
     """
     rows = (row for path in ahead(files) for row, _ in read_rows(path) if not isinstance(row, BadRow))
     shares = {share(_key(row)) for row in rows}

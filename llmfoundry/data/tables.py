@@ -1,6 +1,6 @@
-"""The texts of tables: .jsonl, .json, .csv and .parquet, of which only the column with the text is looked at.
+"""Read texts from .jsonl, .json, .csv and .parquet tables; only the text column is decoded.
 
-A row that cannot be read is a value, not an exception, so that it can be skipped and counted.
+A row that cannot be read is returned as a value, not raised, so that it can be skipped and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-BATCH_ROWS = 256  # of .parquet, decoded at once
+BATCH_ROWS = 256  # .parquet rows decoded at once
 
 
 Row = dict[str, object]  # values by column
@@ -28,7 +28,7 @@ Row = dict[str, object]  # values by column
 class BadRow(NamedTuple):
     """A row without a text."""
 
-    message: str  # file, row, and what is wrong
+    message: str  # the file, the row, and what is wrong
 
 
 class _Broken(Exception):
@@ -36,30 +36,30 @@ class _Broken(Exception):
 
 
 def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
-    """The texts of one file, streamed.
+    """Stream the texts of one file.
 
     Args:
-        text_key: the column; a dot leads into nested ones (`doc.text`), unless a column has that very name.
+        text_key: the column. A dot leads into nested columns (`doc.text`), unless a column has exactly that name.
 
     Raises:
-        ConfigError: the file itself cannot be read.
+        ConfigError: if the file itself cannot be read.
     """
     for found, at in _found(path, text_key):
         yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(str, found)
 
 
 def read_rows(path: Path) -> Iterator[tuple[Row | BadRow, str]]:
-    """The whole rows of one file, streamed, and where each is: the file and the number of the row.
+    """Stream the whole rows of one file, each with its place: the file and the row's number.
 
     Raises:
-        ConfigError: the file itself cannot be read.
+        ConfigError: if the file itself cannot be read.
     """
     for found, at in _found(path, None):
         yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(Row, found), at
 
 
 def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
-    """What a reader finds, and where. `key` is the column with the text; None: whole rows."""
+    """Yield what a reader finds, and where. `key` is the text column; None: whole rows."""
     kind = kind_of(path)
     assert kind is not None
     if kind.format == "text":
@@ -83,11 +83,11 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
         raise ConfigError(f"dataset.path: {path}: row {row}: cannot be read: {why}") from error
 
 
-Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong with it; and the line where it ends
+Rows = Iterator[tuple[object, int | None]]  # a text, a row, or an error; and the line where it ends
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first half of a character without its other half, which no tokenizer reads; None if there is none."""
+    """Return the first lone surrogate in a text, which no tokenizer accepts; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def _text_of(row: object, key: str | None) -> object:
-    """The text in a decoded row, or the row."""
+    """Return the text in a decoded row, or the whole row."""
     if not isinstance(row, dict):
         has = "of columns" if key is None else f"with {key!r}"
         return _Broken(f"is a {type(row).__name__}, not a mapping {has}: {row!r:.80}")
@@ -129,7 +129,7 @@ def _known(row: dict[str, object], path: str = "") -> str:
 
 
 def hint_of_chats(columns: Iterable[str]) -> str:
-    """What to write for columns of conversations; nothing for others."""
+    """Return advice for a table whose columns hold conversations; empty for others."""
     is_chats = not {"messages", "conversations", "conversation"}.isdisjoint(columns)
     return "; for conversations, set name: finetuning in the loader" if is_chats else ""
 
@@ -145,7 +145,7 @@ def _open(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Lines with their ends; None for one that is too long."""
+    """Yield lines with their line breaks; None for a line that is too long."""
     while line := file.readline(LINE_BYTES + 1):
         if len(line) <= LINE_BYTES or line.endswith(b"\n"):
             yield line
@@ -156,7 +156,7 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _lines(path: Path, key: str | None) -> Rows:
-    """JSON, a value per line; empty lines are passed over."""
+    """Read JSON with one value per line; empty lines are skipped."""
     with path.open("rb") as raw:
         for number, line in enumerate(_bounded_lines(_open(path, raw)), 1):
             if line is None:
@@ -164,12 +164,12 @@ def _lines(path: Path, key: str | None) -> Rows:
             elif line := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
                 try:
                     yield _text_of(json.loads(line.decode()), key), number
-                except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+                except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
                     yield _Broken(f"cannot be read: {_why(error)}"), number
 
 
 def _json(path: Path, key: str | None) -> Rows:
-    """One array, or values one after the other; a value per line is read as .jsonl is."""
+    """Read one array, or consecutive values. A file with a value per line is read like .jsonl."""
     with path.open("rb") as raw:
         start = next(filter(bytes.strip, map(bytes, filter(None, _bounded_lines(_open(path, raw))))), b"")
     start = start.removeprefix(b"\xef\xbb\xbf").strip()
@@ -187,7 +187,7 @@ def _json(path: Path, key: str | None) -> Rows:
 
 
 def _values(file: io.TextIOBase) -> Iterator[object]:
-    """The values of a JSON document, with no more than one of them in memory."""
+    """Yield the values of a JSON document, with at most one of them in memory."""
     decoder, text, at, ended = json.JSONDecoder(), "", 0, False
 
     def more() -> None:
@@ -195,7 +195,7 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
         text, at = text[at:], 0
         if len(text) > LINE_BYTES:
             raise ValueError(f"a value has more than {LINE_BYTES:,} characters, the longest that is read")
-        piece = file.read(max(2**16, len(text)))  # doubled, so that a value is not tried too often
+        piece = file.read(max(2**16, len(text)))  # doubled, to limit the number of attempts
         text, ended = text + piece, not piece
 
     def peek() -> str:
@@ -219,7 +219,7 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
             if ended or not cut_short:
                 raise
             end = len(text)
-        if end == len(text) and not ended:  # the value may go on
+        if end == len(text) and not ended:  # the value may continue
             more()
             continue
         at = end
@@ -236,9 +236,9 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
 
 
 def _csv(path: Path, key: str | None) -> Rows:
-    """A header and rows, with commas or (.tsv) tabs between the cells.
+    """Read a header and rows, with cells separated by commas or, in .tsv, by tabs.
 
-    Cells missing at the end of a row are absent columns. Cells beyond the header may only be empty.
+    Cells missing at the end of a row are absent columns. Cells beyond the header must be empty.
     """
     kind = kind_of(path)
     assert kind is not None
@@ -258,7 +258,7 @@ def _csv(path: Path, key: str | None) -> Rows:
 
 
 def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """The cells of each row of a .csv, and the line where it ends."""
+    """Yield the cells of each row of a .csv, and the line at which the row ends."""
     ended = False
 
     def lines() -> Iterator[str]:
@@ -286,7 +286,7 @@ def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
 
 
 def _check_columns(path: Path, names: list[str], key: str | None) -> None:
-    """Refuse a table of which it is not clear what a column holds."""
+    """Refuse a table whose columns are ambiguous."""
     twice = next((name for name in names if name and names.count(name) > 1 and key in (None, name)), None)
     if twice is not None:
         raise ConfigError(f"dataset.path: {path}: {names.count(twice)} columns are named {twice!r}; rename them")
@@ -296,9 +296,9 @@ def check_parquet(path: Path) -> None:
     """Read the footer.
 
     Raises:
-        ConfigError: it is damaged or missing.
+        ConfigError: if the footer is damaged or missing.
     """
-    import pyarrow.parquet  # here, because it takes long to import and most runs do not need it
+    import pyarrow.parquet  # imported here, because it is slow to import and most runs do not need it
 
     try:
         pyarrow.parquet.read_metadata(path)
@@ -307,12 +307,12 @@ def check_parquet(path: Path) -> None:
 
 
 def _parquet(path: Path, key: str | None) -> Rows:
-    """One column, a part of a row group at a time. Text may be stored as bytes without the mark of UTF-8."""
+    """Read one column, part of a row group at a time. Text may be stored as bytes that are not marked as UTF-8."""
     import pyarrow
 
     try:
         yield from _column_of(path, key)
-    except pyarrow.ArrowException as error:  # of many kinds: NotImplementedError, KeyError, TypeError, MemoryError
+    except pyarrow.ArrowException as error:  # many types: NotImplementedError, KeyError, TypeError, MemoryError
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -341,7 +341,7 @@ def _column_of(path: Path, key: str | None) -> Rows:
 
 
 def _column(schema: pyarrow.Schema | pyarrow.StructType, key: str) -> list[str] | None:
-    """The way to a column, through structs."""
+    """Return the path to a column, through structs."""
     import pyarrow
 
     names = schema.names
@@ -376,7 +376,7 @@ def _values_of(batch: pyarrow.RecordBatch, where: list[str]) -> list[object]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())  # a damaged text is then the row's matter, not the batch's
+        column = column.cast(pyarrow.large_binary())  # so that a damaged text only affects its row, not the batch
     return column.to_pylist()
 
 

@@ -1,4 +1,4 @@
-"""`text_files`: a folder, a glob or one file of text, as a dataset."""
+"""The `text_files` dataset: a folder, a glob or one file of text."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from llmfoundry.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
-# From this many bytes on, the digests of a set of files are remembered by their names, sizes and times.
+# From this size on, the digests of files are cached by names, sizes and times.
 REMEMBER_BYTES = 2**24
 
 
 class _Part(NamedTuple):
-    """The part of the files that a split is given."""
+    """The files of one split."""
 
     files: list[str]
-    how: str  # for the log; empty: all of them, whole
-    rows: float | None = None  # the fraction of rows that a hash holds out
-    text: float | None = None  # the fraction that is held out at the end of each text
+    how: str  # for the log; empty: all files, whole
+    rows: float | None = None  # fraction of rows held out by hash
+    text: float | None = None  # fraction held out at the end of each text
 
 
 class TextFilesConfig(TextsConfig, names=("text_files",)):
@@ -48,8 +48,9 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
     """
 
     path: DataPath  # a folder, a glob or one file; also a URL: s3://bucket/folder
-    text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
-    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
+    text_key: str = "text"  # the text column of tables; `doc.text` for a nested one
+    # Number of unreadable rows to skip, count and report before the data is refused
+    skip_bad_rows: int = Field(default=0, ge=0)
 
     def heap(self) -> str:
         return self.path if is_url(self.path) else os.path.realpath(self.path)
@@ -84,7 +85,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         )
 
     def _part(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
-        """What of the files this split is given, by their names or else by `validation_fraction`."""
+        """Choose the files of this split, by their names or else by `validation_fraction`."""
         given = self.split == "validation" and self._is_whole
         by_name = select(sizes, self.split, given_for_validation=given)
         if by_name is not None:
@@ -94,7 +95,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return self._by_hash(files, sizes)
 
     def _by_hash(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
-        """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
+        """Hold out `validation_fraction` of the documents, by a hash of a file's name or of a row's text."""
         fraction, said = self.fraction, "; held out for validation: "
         filled = [name for name in files if sizes[name]]
         plain = [name for name in filled if _is_plain(files[name].path)]
@@ -136,7 +137,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or fix the data")
 
     def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
-        """(name, SHA-256) of each file; remembered for big data, so that only its first use reads it all."""
+        """Return (name, SHA-256) of each file. For large data they are stored, so only the first use reads it all."""
         total = sum(file.size for file in files.values())
 
         def digests() -> list[tuple[str, str]]:
@@ -144,7 +145,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
                 paths = zip(files, ahead(files.values()), strict=True)
                 return [(name, _checked(path, self.skip_bad_rows > 0, advance)) for name, path in paths]
 
-        # What is elsewhere is not fetched a second time for its digest.
+        # Remote files are not fetched a second time for their digests.
         if total < REMEMBER_BYTES and not is_url(self.path):
             return digests()
         listing = [(name, str(file.path.absolute()), file.size, file.stamp) for name, file in files.items()]
@@ -176,7 +177,7 @@ def _checked(path: Path, lenient: bool, advance: Callable[[int], None]) -> str:
 
 
 def _reader(path: Path) -> str:
-    """What beside the bytes of a file decides its documents."""
+    """Everything besides a file's bytes that decides its documents."""
     kind = kind_of(path)
     assert kind is not None
     return kind.format + kind.compression

@@ -1,4 +1,4 @@
-"""Datasets of texts that a user brings: which of their documents are kept."""
+"""Datasets of the user's texts, with rules for which documents are kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of, gone_
 
 
 class TextsConfig(DatasetConfig):
-    """Root of the datasets of texts that a user brings."""
+    """Base of the datasets of the user's texts."""
 
-    dedup: bool = False  # keep only the first of equal documents
-    # `file.py:function` or `package.module:function`: takes a text and says whether it is kept.
+    dedup: bool = False  # keep only the first of identical documents
+    # `file.py:function` or `package.module:function`: takes a text and returns whether to keep it
     filter: str | None = None
 
     def build(self) -> Source:
@@ -31,13 +31,13 @@ class TextsConfig(DatasetConfig):
         )
 
     def places(self) -> list[str]:
-        """Paths and URLs that it is read from."""
+        """Return the paths and URLs that the dataset reads."""
         return []
 
     def found(self) -> Source:
-        """The source, before `dedup` and `filter`.
+        """Return the source, before `dedup` and `filter`.
 
         Raises:
-            Gone: it is not there.
+            Gone: if the source does not exist.
         """
         raise NotImplementedError

@@ -1,6 +1,6 @@
 """Text to token ids: a byte-level BPE trained on the data at first use, or any Hugging Face tokenizer.
 
-Either way the result is a `transformers` tokenizer with an end-of-text token, so checkpoints carry it by
+Either way the result is a `transformers` tokenizer with an end-of-text token, so checkpoints store it with
 `save_pretrained` and every other tool can read it.
 """
 
@@ -34,26 +34,28 @@ from llmfoundry.runtime import cache_root, first_of_node
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# BPE learns from this many characters at the start of the training split: merges change little beyond, time and
-# memory do.
+# BPE is trained on this many characters at the start of the training split: more hardly changes the merges, but takes
+# more time and memory.
 TRAIN_CHARACTERS = 2**28
-# The time that BPE takes to learn grows with the square of the longest word (5 s for 100,000 letters), so longer words
-# and runs of spaces are cut for it. Encoding has no such limit.
+# The training time of BPE grows with the square of the longest word (5 s for 100,000 letters), so longer words and runs
+# of spaces are cut for training. Encoding has no such limit.
 _LONG_WORD = re.compile(r"\S{512}|\s{512}")
-# Longer documents are tokenised in pieces cut at line ends, to bound memory.
+# Longer documents are tokenized in pieces cut at line ends, to bound memory.
 PIECE_CHARACTERS = 2**22
 
 
 class TokenizerConfig(Config):
-    """`name: bpe` trains one of `vocab_size` entries; any other name is a local folder or a hub id."""
+    """`name: bpe` trains a tokenizer with `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
-    vocab_size: int | None = Field(default=None, ge=257, le=10**6)  # bpe: 256 bytes, end of text, merges; None: 4096
-    kwargs: dict[str, str | int | float | bool | None] = {}  # to the tokenizer, e.g. {model_max_length: 2048}
-    # Open each document by the BOS token. None: as the checkpoint that the run begins from, or as the tokenizer does.
+    # For bpe: 256 bytes, end of text, merges; None: 4096
+    vocab_size: int | None = Field(default=None, ge=257, le=10**6)
+    kwargs: dict[str, str | int | float | bool | None] = {}  # arguments of the tokenizer, e.g. {model_max_length: 2048}
+    # Start each document with the BOS token. None: as in the checkpoint that the run starts from, or as the tokenizer
+    # does.
     add_bos: bool | None = None
-    # Read a special token that a text spells (`<|im_start|>`) as that token, not as characters. None: as the checkpoint
-    # that the run begins from; otherwise no, because a text is not trusted to end itself.
+    # Encode text that spells a special token (`<|im_start|>`) as that token, not as characters. None: as in the
+    # checkpoint that the run starts from; otherwise false, so that a text cannot end itself.
     parse_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -69,18 +71,18 @@ class TokenizerConfig(Config):
         return cls.model_fields.keys() - (set() if data.get("name", "bpe") == "bpe" else {"vocab_size"})
 
     def build(self, dataset: DatasetConfig, also: Sequence[DatasetConfig] = ()) -> PreTrainedTokenizerBase:
-        """Load the tokenizer, training it first if need be.
+        """Load the tokenizer, or train it first.
 
         Args:
-            dataset: what `bpe` learns from: the training split of this dataset, whichever split it names. Its
-                `cache_dir` is where the result is kept.
-            also: other datasets of the run; where one of them holds no text, that is found before `bpe` trains.
+            dataset: `bpe` is trained on the training split of this dataset, whichever split it names. The result is
+                kept in its `cache_dir`.
+            also: other datasets of the run. If one of them has no text, that is found before `bpe` is trained.
 
         Returns:
             A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
 
         Raises:
-            ConfigError: no such tokenizer, it has no end-of-text token, or there is no text to train it on.
+            ConfigError: if the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
         """
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
@@ -91,10 +93,10 @@ class TokenizerConfig(Config):
         return tokenizer
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """The rule for texts, with what the YAML leaves open as the tokenizer has it.
+        """Return the rule for texts; what the YAML does not set follows the tokenizer.
 
         Raises:
-            ConfigError: `add_bos` is on, and the tokenizer has no BOS token.
+            ConfigError: if `add_bos` is on, and the tokenizer has no BOS token.
         """
         adds = adds_bos(tokenizer) if self.add_bos is None else self.add_bos
         if adds and tokenizer.bos_token_id is None:
@@ -110,7 +112,7 @@ class TokenizerConfig(Config):
         folder = cache_root(dataset.cache_dir) / "tokenizers" / f"bpe-{size}-{_sha256(key)[:24]}"
         documents = source.documents()
         if not folder.exists():
-            # No data is refused before the cache is touched.
+            # Missing data raises here, before the cache is touched.
             for other in also:
                 next(other.build().documents())
             documents = itertools.chain([next(documents)], documents)
@@ -148,11 +150,11 @@ class TokenizerConfig(Config):
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
+    """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
 
     The same documents give the same tokenizer, whatever the threads and hash seeds. Every text can be
-    encoded, and decoding gives it back exactly. Token 0 is the end of text. A small corpus may offer fewer
-    merges than asked for.
+    encoded, and decoding restores it exactly. Token 0 is the end of text. A small corpus may yield fewer
+    merges than requested.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -169,10 +171,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class SpecialTokens(NamedTuple):
-    """The rule for special tokens, one for training, evaluation and generation.
+    """The rule for special tokens, the same for training, evaluation and generation.
 
     Attributes:
-        bos: the id that opens each document; None: the end of the document before it does.
+        bos: the id that opens each document; None: the end-of-text token of the document before it.
         parse: whether text that spells a special token becomes that token.
     """
 
@@ -184,19 +186,19 @@ PLAIN_TEXT = SpecialTokens()
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its BOS token before a text."""
+    """Return whether the tokenizer itself puts its BOS token before a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer.encode("a", add_special_tokens=True))[:1] == [bos]
 
 
 class Encoder:
-    """Texts to token ids by a rule for special tokens. It adds none: a text may be a part of a document."""
+    """Encodes texts by a rule for special tokens. It adds no tokens, because a text may be part of a document."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT) -> None:
         self.special = special
         self._slow = None if tokenizer.is_fast else tokenizer
         if tokenizer.is_fast:
-            # A copy, because these settings are the tokenizer's own.
+            # A copy, because these settings belong to the tokenizer.
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.encode_special_tokens = not special.parse
             self._fast.no_truncation()
@@ -204,19 +206,19 @@ class Encoder:
         self._words = WordCache.of(self._fast) if self._slow is None else None
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the ids, the rule for special tokens included."""
+        """Return the SHA-256 of everything that decides the ids, including the rule for special tokens."""
         if self._slow is None:
             tokens = _sha256(self._fast.to_str())
         else:
             tokens = _sha256(json.dumps([type(self._slow).__name__, "split", sorted(self._slow.get_vocab().items())]))
-        # Without the rule, as it was before there was one: older runs go on.
+        # Omits the default rule, so that fingerprints of older runs stay valid.
         return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; on all cores where the tokenizer is a fast one.
+        """Token ids of each text; uses all cores if the tokenizer is a fast one.
 
         Raises:
-            ConfigError: a text has a lone surrogate.
+            ConfigError: if a text has a lone surrogate.
         """
         if self._slow is None:
             try:
@@ -229,20 +231,20 @@ class Encoder:
         return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
     def ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """The same on one core, faster where words repeat (data/word_cache.py)."""
+        """Do the same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
         if self._words is not None:
             return self._words.ids(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.encode(texts)]
 
 
 def check_characters(text: str) -> None:
-    """Refuse what no tokenizer reads; raises ConfigError."""
+    """Refuse characters that no tokenizer accepts; raise ConfigError."""
     if found := lone_surrogate(text):
         raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
 
 def pieces(document: str) -> Iterator[str]:
-    """The document in pieces of bounded length, cut after a line end where there is one."""
+    """Yield the document in pieces of bounded length, cut after a line break if possible."""
     start = 0
     while len(document) - start > PIECE_CHARACTERS:
         cut = document.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
@@ -258,7 +260,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """The text, cut inside of words that are too long to learn from."""
+    """Yield the text, with words cut that are too long to learn from."""
     start = 0
     for long in _LONG_WORD.finditer(text):
         yield text[start : long.end()]

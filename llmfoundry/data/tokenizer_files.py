@@ -1,7 +1,7 @@
-"""Tokenizers of others, loaded in one place: no code of theirs runs, and whatever is wrong with them is one line.
+"""Load tokenizers from other sources: none of their code runs, and any error becomes one line.
 
-A folder of a tokenizer comes from anywhere. `transformers` and `tokenizers` trust it, and fail with any exception where
-it is damaged: a panic of their Rust code is not even an `Exception`.
+A tokenizer's folder may come from anywhere. `transformers` and `tokenizers` trust it, and fail with arbitrary
+exceptions if it is damaged; a panic of their Rust code is not even an `Exception`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from llmfoundry.runtime import asks_hub
 from llmfoundry.strict_json import MOST_BYTES
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
-_MESSAGE = 300  # characters of an error that are shown
+_MESSAGE = 300  # characters of an error to show
 _MOST_IDS = 2**24  # `tokenizers` counts up to the largest id to write a vocabulary: to 2**31 in 50 s and 8 GB
-_TEXTS = (".json", ".txt", ".model", ".jinja")  # which are read whole
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # files that are read whole
 
 
 def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
-    """A tokenizer of a folder or hub id.
+    """Load the tokenizer of a folder or hub id.
 
     Args:
         source: a `Path` is a folder, for which the hub is not asked.
-        where: begins the message of an error.
-        words: for `from_pretrained`.
+        where: prefix of error messages.
+        words: arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: there is none, it needs code of its own, or it is damaged.
+        ConfigError: if the tokenizer was not found, needs code of its own, or is damaged.
     """
     local = isinstance(source, Path) or not asks_hub()
     if isinstance(source, Path) and source.is_dir():
         for file in source.iterdir():
-            if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
+            if not file.is_file() and not file.is_dir() and file.exists():  # reading a pipe would block
                 raise ConfigError(f"{where}: {file.name} is not a plain file")
             if file.suffix in _TEXTS and file.is_file() and (size := file.stat().st_size) > MOST_BYTES:
                 raise ConfigError(f"{where}: {file.name} has {size:,} bytes; {MOST_BYTES:,} is the most that is read")
@@ -57,10 +57,10 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
+    """Use the tokenizer once: settings of a wrong type fail only in use."""
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= _MOST_IDS:
         raise ValueError(f"has a token of id {largest}; {_MOST_IDS} is the most that is read")
-    if tokenizer.is_fast:  # some that can be read panic when they are read from what they write
+    if tokenizer.is_fast:  # some tokenizers that can be read panic when they read their own output
         Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     tokenizer.decode(tokenizer.encode("a"))
     template = tokenizer.chat_template

@@ -1,7 +1,7 @@
-"""Calls of tools in the form that a chat template reads.
+"""Tool calls in the form that a chat template reads.
 
-OpenAI writes the arguments of a call as a text of JSON. Most templates take a mapping and write the JSON themselves;
-some take the text alone. What a template takes is seen by rendering a call.
+OpenAI writes the arguments of a call as a JSON string. Most templates expect a mapping and write the JSON themselves;
+some expect the string. Rendering a call shows what a template accepts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from llmfoundry.data.conversations import Message
 from llmfoundry.data.tables import Row
 
 _ARGUMENTS = {"city": "Bern"}
-_ID = "abcdefghi"  # of nine letters and digits, as Mistral's templates ask
+_ID = "abcdefghi"  # nine letters and digits, as Mistral's templates require
 
 
 class Arguments(NamedTuple):
-    """Which forms of a call's arguments a template writes; neither, if it writes no calls."""
+    """The forms of a call's arguments that a template renders; neither, if it renders no calls."""
 
     text: bool
     mapping: bool
 
 
 def understood(render: Callable[[Sequence[Message]], str]) -> Arguments:
-    """The forms that a template takes.
+    """Find the forms that a template accepts.
 
     Args:
         render: raises a ValueError for messages that the template refuses.
@@ -42,17 +42,17 @@ def _is_written(render: Callable[[Sequence[Message]], str], arguments: object) -
         )  # fmt: skip
     except ValueError:
         return False
-    # A text that is written as JSON once more, and a mapping as Python prints it.
+    # Rejects text that is JSON-encoded twice, and mappings in Python's notation.
     return "city" in text and '\\"city\\"' not in text and "'city'" not in text
 
 
 def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
-    """The messages with the arguments of their calls in a form that the template takes.
+    """Convert the arguments of calls to a form that the template accepts.
 
     Raises:
-        ValueError: arguments are no JSON of a mapping, and the template needs one.
+        ValueError: if arguments are not a JSON mapping, and the template needs one.
     """
-    if arguments.text == arguments.mapping:  # it takes both, or neither
+    if arguments.text == arguments.mapping:  # it accepts both, or neither
         return list(messages)
     return [
         message | {"tool_calls": [_changed(call, arguments.text, number) for call in _calls(message)]}
@@ -63,10 +63,10 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
 
 
 def leaves_out_calls(messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]) -> bool:
-    """Whether a template renders messages with calls as it renders them without.
+    """Return whether a template renders messages with calls exactly as without them.
 
     Args:
-        text: of the messages.
+        text: the rendered messages.
         render: renders other messages.
     """
     for number, message in enumerate(messages):

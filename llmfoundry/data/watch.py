@@ -1,4 +1,4 @@
-"""Checksums of files in the cache, compared before a run or beside it: what is found is an error of the next read."""
+"""Compare checksums of cached files before or during a run; a mismatch is raised at the next read."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from filelock import FileLock
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 
-AT_ONCE_BYTES = 2**28  # of a folder whose checksums are compared when it is opened: a second, if that
-_FOUND_DAMAGED = "found-damaged"  # a file in the folder, left by a run that ended for it
+AT_ONCE_BYTES = 2**28  # folders up to this size are verified when they are opened, in at most about a second
+_FOUND_DAMAGED = "found-damaged"  # a marker file in the folder, left by a run that ended because of damage
 
 
 class Damaged(ConfigError):
-    """Files in the cache that are not what was written: they are made again where the source is there."""
+    """Cached files are not what was written. They are made again if the source exists."""
 
 
 def moved_aside(folder: Path, opened: Callable[[], object]) -> Path | None:
     """Move a damaged folder out of the way, so that it can be made again.
 
-    Of several ranks that found the damage, the first one moves it.
+    If several ranks find the damage, the first one moves it.
 
     Args:
         opened: opens the folder, and raises Damaged if it is still damaged.
 
     Returns:
-        Where it is now; None if another rank has moved it, or has made it again.
+        The folder's new place; None if another rank has moved it or made it again.
     """
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
@@ -45,20 +45,20 @@ def moved_aside(folder: Path, opened: Callable[[], object]) -> Path | None:
 class Watch:
     """Compares the files of a folder with their checksums.
 
-    Up to AT_ONCE_BYTES are compared at once; of more, a thread compares one after another beside the run, each rank its
-    share, and `check` says what it has found. The thread ends with the process.
+    Up to AT_ONCE_BYTES are compared at once. If there is more, a thread compares one file after another during the run,
+    each rank its share, and `check` raises what it has found. The thread ends with the process.
     """
 
     def __init__(self, folder: Path, n_bytes: int, n_checks: int, check: Callable[[int], None]) -> None:
-        """Begin.
+        """Start comparing.
 
         Args:
-            n_bytes: of the files.
-            n_checks: how many parts of the files have a checksum.
-            check: given the number of one, raises Damaged.
+            n_bytes: total size of the files.
+            n_checks: number of checksums.
+            check: called with the index of a checksum; raises Damaged if it does not match.
 
         Raises:
-            Damaged: found at once.
+            Damaged: if a mismatch was found at once.
         """
         self._folder, self._check = folder, check
         self._found: Damaged | None = None
@@ -67,7 +67,7 @@ class Watch:
         if n_bytes <= AT_ONCE_BYTES or mark.exists():
             for number in range(n_checks):
                 check(number)
-            mark.unlink(missing_ok=True)  # it was the disk or the memory that read it
+            mark.unlink(missing_ok=True)  # the disk or the memory was at fault, not the files
             return
         own = range(runtime.rank(), n_checks, runtime.world_size())
         self._thread = threading.Thread(target=self._run, args=(own,), name=f"watch {folder.name}", daemon=True)
@@ -75,7 +75,7 @@ class Watch:
 
     @property
     def is_running(self) -> bool:
-        """Whether something may still be found."""
+        """Whether the comparison is still running."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class Watch:
             raise self._found
 
     def wait(self) -> None:
-        """Wait until all is compared."""
+        """Wait for the end of the comparison."""
         if self._thread is not None:
             self._thread.join()
 
@@ -93,7 +93,7 @@ class Watch:
             try:
                 self._check(number)
             except Damaged as error:
-                with suppress(OSError):  # so that the next start makes them again
+                with suppress(OSError):  # so that the next start verifies all files first
                     (self._folder / _FOUND_DAMAGED).touch()
                 self._found = error
                 return

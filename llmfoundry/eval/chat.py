@@ -1,7 +1,7 @@
-"""A model that answers conversations: the chat template, the end of a turn, and a cache that outlives the turn.
+"""Answer conversations with a model: the chat template, the end of a turn, and a key-value cache kept between turns.
 
 Each answer renders the whole conversation, as `apply_chat_template` does, so its tokens are those of `transformers`.
-The cache keeps the tokens of the last conversation; those with which the next one begins are not read again.
+The cache keeps the tokens of the last conversation; the prefix that the next one shares with it is not computed again.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room, warn
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
 
-_PROBE = "probe"  # stands for an answer, to see what a template writes after it
+_PROBE = "probe"  # placeholder for an answer, to find what a template writes after it
 
 Finish = Literal["stop", "length", "interrupted"]
 
 
 class Ending(NamedTuple):
-    """What ends the assistant's turn in a template."""
+    """How the assistant's turn ends in a template."""
 
-    ids: frozenset[int]  # a special token
-    texts: tuple[str, ...]  # else what the template writes there
+    ids: frozenset[int]  # ids of a special token that ends the turn
+    texts: tuple[str, ...]  # if there is none: the texts that end it
 
 
 class Answer(NamedTuple):
-    """What the model said."""
+    """The model's answer."""
 
     text: str
     finish: Finish
     prompt_tokens: int
-    reused: int  # of these, the tokens that the cache held
-    tokens: int  # new ones, without the one that stops
+    reused: int  # number of prompt tokens that were in the cache
+    tokens: int  # number of new tokens, without the stop token
 
 
 class Template:
     """A chat template with its tokenizer.
 
     Args:
-        source: the template, in place of the tokenizer's own.
+        source: replaces the tokenizer's own template.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: if there is no template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
@@ -66,10 +66,10 @@ class Template:
         self.tokenizer, self.source = tokenizer, source
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation in which the assistant speaks next.
+        """Return the tokens of a conversation, with the assistant's next turn opened.
 
         Raises:
-            ConfigError: the template refuses the messages.
+            ConfigError: if the template refuses the messages.
         """
         text = self._render(messages, prompt=True)
         check_characters(text)
@@ -79,7 +79,7 @@ class Template:
         return ids
 
     def ending(self) -> Ending:
-        """What the template writes after an answer: a token of its own, or else a text."""
+        """Return what the template writes after an answer: a special token, or else a text."""
         turns: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
         _, found, tail = self._render(turns, prompt=False).rpartition(_PROBE)
         tail = tail.strip() if found else ""
@@ -102,15 +102,15 @@ class Chat:
 
     Args:
         model: in evaluation mode, in one process.
-        stop: ids that end an answer, beside the tokenizer's end of text and the template's end of turn.
+        stop: ids that end an answer, besides the tokenizer's end of text and the template's end of turn.
     """
 
     def __init__(self, model: CausalLM, template: Template, stop: Sequence[int] | set[int] = ()) -> None:
         self._model, self._template = model, template
         self._ending = template.ending()
         self.stop = {template.tokenizer.eos_token_id, *stop, *self._ending.ids}
-        self._cache, self._held = Cache(0), list[int]()  # the ids that the cache has read
-        self._warned = False  # of conversations longer than max_seq_len
+        self._cache, self._held = Cache(0), list[int]()  # the ids whose keys and values are cached
+        self._warned = False  # whether it warned of conversations longer than max_seq_len
 
     def answer(
         self,
@@ -121,17 +121,17 @@ class Chat:
         until: Sequence[str] = (),
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """The assistant's next turn.
+        """Write the assistant's next turn.
 
         Args:
-            messages: the conversation, in OpenAI's form.
-            how: draws depend on its seed and on the number of messages.
-            emit: given the text as it comes, in whole characters.
-            until: texts that end the answer, and are not part of it.
-            interrupted: asked after each token; true ends the answer.
+            messages: the conversation, in OpenAI's format.
+            how: sampling; draws depend on its seed and on the number of messages.
+            emit: called with the text as it grows, in whole characters.
+            until: texts that end the answer and are not part of it.
+            interrupted: called after each token; True ends the answer.
 
         Raises:
-            ConfigError: the template refuses the conversation, or it is longer than the model can read.
+            ConfigError: if the template refuses the conversation, or it is longer than the model can read.
         """
         ids = self._template.ids(messages)
         limit = self._limit(ids, how.max_new_tokens)
@@ -140,7 +140,7 @@ class Chat:
             self._cache.truncate(shared)
         else:
             self._cache = Cache(self._model.config.n_layers, capacity=len(ids) + limit)
-        self._held = []  # until the forwards are through, an error may leave layers of different lengths
+        self._held = []  # cleared until the forwards succeed: an error could leave layers of different lengths
         text = Written(self._template.tokenizer, [*self._ending.texts, *until], emit)
         stopped = False
         for token in new_tokens(self._model, ids[shared:], self._cache, limit, how.drawing(len(messages)), self.stop):

@@ -1,7 +1,7 @@
-"""The gauntlet: many tasks in a few numbers, by LLM Foundry's rules.
+"""The gauntlet: many tasks summed up in a few scores, by LLM Foundry's rules.
 
-A benchmark's score is its accuracy, above the random baseline and rescaled so that 1 is the best. A category is the
-weighted mean of its benchmarks, an average the mean of its categories.
+A benchmark's score is its accuracy above the random baseline, rescaled so that 1 is perfect. A category's score is the
+weighted mean of its benchmarks; an average is the mean of its categories.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ COMPOSITE = "icl/metrics/eval_gauntlet/"
 
 
 class Benchmark(Config):
-    """A task with a number of examples."""
+    """A task with a number of few-shot examples."""
 
-    name: str  # label of the task
-    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples counts
-    random_baseline: float = Field(ge=0, lt=1)  # accuracy of guesses
+    name: str  # the task's label
+    num_fewshot: int = Field(ge=0)  # one of the task's numbers of solved examples
+    random_baseline: float = Field(ge=0, lt=1)  # accuracy of random guesses
 
     @property
     def task(self) -> str:
-        """The name of the task; those of its categories begin with it."""
+        """The name of the task; metrics of its categories start with it."""
         return f"{self.name}/{self.num_fewshot}-shot"
 
 
 class Category(Config):
     """Benchmarks of one ability."""
 
-    name: str  # of the average in the metrics
+    name: str  # name in the metrics
     benchmarks: list[Benchmark] = Field(min_length=1)  # tasks of icl_tasks, by label
 
 
 class GauntletConfig(Config):
     """The YAML's `eval_gauntlet`."""
 
-    # Of the benchmarks of a category: the same for all, rows of the data, or log2 of them.
+    # Weights of a category's benchmarks: equal, by the number of rows, or by its log2
     weighting: Literal["EQUAL", "SAMPLE_SZ", "LOG_SAMPLE_SZ"] = "EQUAL"
-    subtract_random_baseline: bool = True  # take away what guessing would score
+    subtract_random_baseline: bool = True  # subtract the accuracy of random guesses
     rescale_accuracy: bool = True  # divide by 1 - random_baseline
-    categories: list[Category]  # each has an average of its own
-    averages: dict[str, list[str]] | None = None  # of categories, by name; None: default_average, of all
+    categories: list[Category]  # each category gets a score
+    # Lists of categories, by the average's name; None: default_average, over all categories
+    averages: dict[str, list[str]] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -63,7 +64,7 @@ class GauntletConfig(Config):
         return self
 
     def warn_of_missing(self, tasks: Sequence[Task]) -> None:
-        """Say which categories count in no average: a task of theirs is not evaluated, or they do not exist."""
+        """Warn of categories that count in no average: one of their tasks is not evaluated, or they do not exist."""
         for category in self.categories:
             missing = [each.task for each in category.benchmarks if not _of(each, {task.name for task in tasks})]
             if missing:
@@ -77,7 +78,7 @@ class GauntletConfig(Config):
                 log.warning("eval_gauntlet.averages.%s: there is no category %s", average, ", ".join(unknown))
 
     def composite(self, scores: Mapping[str, Score], tasks: Sequence[Task]) -> dict[str, float]:
-        """The scores of categories and averages, by the names of their metrics."""
+        """Return the scores of categories and averages, by the names of their metrics."""
         found: dict[str, float] = {}
         for category in self.categories:
             results = [self._score(benchmark, scores) for benchmark in category.benchmarks]
@@ -95,7 +96,7 @@ class GauntletConfig(Config):
         return {f"{COMPOSITE}{name}": value for name, value in found.items()}
 
     def _score(self, benchmark: Benchmark, scores: Mapping[str, Score]) -> float | None:
-        """Of its accuracies, the mean over categories; None if the task was not evaluated."""
+        """Return a benchmark's mean accuracy over its categories; None if the task was not evaluated."""
         accuracies = {key.removeprefix(PREFIX): score.value for key, score in scores.items() if "Accuracy" in key}
         values = [accuracies[key] for key in _of(benchmark, accuracies.keys())]
         if not values:
@@ -113,5 +114,5 @@ class GauntletConfig(Config):
 
 
 def _of(benchmark: Benchmark, names: Iterable[str]) -> list[str]:
-    """The names of tasks or metrics that belong to a benchmark."""
+    """Return the names of tasks or metrics that belong to a benchmark."""
     return [name for name in names if f"{name}/".startswith(f"{benchmark.task}/")]

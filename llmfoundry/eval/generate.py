@@ -1,4 +1,4 @@
-"""Text from a model: one prompt, a key-value cache, temperature, top-k and top-p.
+"""Generate text from one prompt, with a key-value cache, temperature, top-k and top-p.
 
 Shapes: B rows, S tokens so far, V vocab.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Sampling(NamedTuple):
-    """How a text is continued."""
+    """The sampling settings of a continuation."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 takes the likeliest token
@@ -34,11 +34,11 @@ class Sampling(NamedTuple):
     top_k: int = 0  # sample among this many of the likeliest tokens; 0: among all
 
     def dice(self, number: int) -> torch.Generator:
-        """What the draws for one of several texts come from: it depends on the seed and on that number alone."""
+        """Return the random generator for text `number` of several: it depends only on the seed and the number."""
         return runtime.generator("cpu", self.seed, "generate", number)
 
     def drawing(self, number: int) -> Callable[[Tensor], int]:
-        """What chooses an id from (V,) logits."""
+        """Return the function that chooses an id from (V,) logits."""
         return partial(sample, temperature=self.temperature, top_p=self.top_p, dice=self.dice(number), top_k=self.top_k)
 
 
@@ -60,24 +60,24 @@ def generate(
     """Continue a prompt until a stop token or `max_new_tokens`.
 
     Args:
-        model: every rank of a sharded one must call this; rank 0 draws, and all get the same text.
-        prompt: an empty one begins a new document.
+        model: every rank of a sharded model must call this; rank 0 samples, and all ranks get the same text.
+        prompt: an empty prompt starts a new document.
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751).
-        seed: of the sampling; the draws are the same on every device.
-        top_k: sample among this many of the likeliest tokens, before `top_p` narrows them; 0: among all.
-        number: of the prompt among several; each has draws of its own.
+        seed: seed of the sampling; the draws are the same on every device.
+        top_k: sample among this many of the likeliest tokens, before `top_p` narrows them; 0: all.
+        number: index of the prompt among several; each has its own draws.
         special: the rule for special tokens that the model was trained with.
-        stop: ids that end the text, beside the tokenizer's end of text.
-        emit: given the text as it comes, first the prompt, in whole characters.
+        stop: ids that end the text, besides the tokenizer's end of text.
+        emit: called with the text as it grows, first with the prompt, in whole characters.
 
     Returns:
         The prompt and its continuation.
 
     Raises:
-        ConfigError: they may need more positions than the model has learned, or a token of the prompt has no row in
-            the embedding.
+        ConfigError: if the text may need more positions than the model has learned, or a token of the prompt has no
+            row in the embedding.
     """
     ids = encoded(tokenizer, prompt, special)
     check_ids(max(ids), model.config.vocab_size)
@@ -102,13 +102,13 @@ def generate(
 def new_tokens(
     model: CausalLM, fresh: list[int], cache: Cache, limit: int, draw: Callable[[Tensor], int], stop: Collection[int]
 ) -> Iterator[int]:
-    """The tokens that follow, one after the other, until a stop token or `limit`.
+    """Yield the tokens that follow, one at a time, until a stop token or `limit`.
 
     Args:
-        model: in evaluation mode; every rank of a sharded one must call this; rank 0 draws.
-        fresh: the tokens that the cache has not seen, one at least.
+        model: in evaluation mode; every rank of a sharded model must call this; rank 0 samples.
+        fresh: the tokens that the cache does not have yet, at least one.
         cache: is extended by all tokens but the last one.
-        stop: ids that end the text, and are not part of it.
+        stop: ids that end the text and are not part of it.
     """
     place = next(model.parameters()).device
     for _ in range(limit):
@@ -122,7 +122,7 @@ def new_tokens(
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTokens = PLAIN_TEXT) -> list[int]:
-    """The token ids that `generate` continues, one at least: what opens a document."""
+    """Return the token ids that `generate` continues, at least one: the id that opens a document."""
     (ids,) = Encoder(tokenizer, special).encode([prompt])
     if special.bos is not None and ids[:1] != [special.bos]:
         return [special.bos, *ids]
@@ -130,7 +130,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTok
 
 
 def check_ids(largest: int, vocab_size: int) -> None:
-    """Refuse a token that the model has no embedding for; raises ConfigError."""
+    """Refuse a token that has no row in the model's embedding; raise ConfigError."""
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gave id {largest}, and the model's embedding has {vocab_size} rows (model.vocab_size); "
@@ -139,12 +139,12 @@ def check_ids(largest: int, vocab_size: int) -> None:
 
 
 def room(config: CausalLMConfig, tokens: int) -> int:
-    """How many tokens may follow `tokens` ones; the last one is written and not read."""
+    """Return how many tokens may follow `tokens` tokens. The last one is written but not read."""
     return config.max_seq_len - tokens + 1 if config.has_learned_positions else sys.maxsize
 
 
 def check_room(config: CausalLMConfig, what: str, tokens: int, new: int, advice: str) -> None:
-    """Refuse a text that needs more positions than the model has learned; raises ConfigError."""
+    """Refuse a text that needs more positions than the model has learned; raise ConfigError."""
     if new > room(config, tokens):
         raise ConfigError(
             f"{what} of {tokens} tokens and {new} new ones need {tokens + new - 1} positions, and the model has "
@@ -153,10 +153,10 @@ def check_room(config: CausalLMConfig, what: str, tokens: int, new: int, advice:
 
 
 def warn_of_length(config: CausalLMConfig, what: str, tokens: int) -> None:
-    """Say that a prompt is longer than any text of the training; models without learned positions read it all the same.
+    """Warn that a prompt is longer than any text in training. Models without learned positions can still read it.
 
     Args:
-        what: e.g. "a prompt".
+        what: what is too long, e.g. "a prompt".
     """
     if tokens > config.max_seq_len:
         log.warning("%s has %s tokens, and the model was made for %s (max_seq_len); its text may get worse",
@@ -173,24 +173,24 @@ def sample_rows(
 ) -> list[int]:
     """Draw a token id for each row.
 
-    One number between 0 and 1 is drawn a row, and finds its token in the order of ids. In an order by probability, the
-    last bit of a logit, which may differ between batches, would decide which of two tokens has which place.
+    One number between 0 and 1 is drawn per row, and selects a token in the order of ids. In an order by probability,
+    the last bit of a logit, which may differ between batches, could swap two tokens.
 
     Args:
         logits: (B, V), any float dtype, on any device.
-        temperature: 0 takes the highest, the lowest id among equals.
+        temperature: 0 takes the highest logit, and of equal ones the lowest id.
         top_p: sample among the likeliest tokens whose probabilities reach this sum.
         dice: B generators on the CPU.
         top_k: sample among this many of the likeliest tokens; their probabilities then sum to 1 for `top_p`. 0: all.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
+    temperature = max(temperature, 1e-30)  # smaller values are 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    # The first token past the sum stays in, so that there is always one.
+    # The first token past the sum is kept, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p
     kept = torch.zeros_like(probabilities).scatter_(-1, order, probabilities.masked_fill(beyond, 0))
     sums = kept.double().cumsum(-1)  # (B, V)

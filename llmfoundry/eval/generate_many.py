@@ -1,4 +1,4 @@
-"""Text for many prompts: batches over all ranks, each row as if it were alone.
+"""Generate text for many prompts, in batches over all ranks, with the same result as for each prompt alone.
 
 A prompt is a text to continue, or a conversation to answer.
 """
@@ -19,21 +19,21 @@ from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
-BATCHES = 32  # of each rank, after which their texts are given out
+BATCHES = 32  # batches per rank after which texts are yielded
 
 
 class Request(NamedTuple):
-    """What to continue."""
+    """A prompt as token ids."""
 
     ids: list[int]
-    shown: str  # of the text, before what is new; empty for a conversation
-    ending: Ending = NOTHING  # of a conversation
+    shown: str  # the text before the new part; empty for a conversation
+    ending: Ending = NOTHING  # for a conversation
 
 
 class Completion(NamedTuple):
     """What the model wrote."""
 
-    text: str  # what is new
+    text: str  # the new text
     finish: str  # stop, or length: max_new_tokens was reached
     tokens: int
 
@@ -41,14 +41,14 @@ class Completion(NamedTuple):
 def request_of(
     prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, template: str | None
 ) -> Request:
-    """A text or a conversation as token ids.
+    """Encode a text or a conversation.
 
     Args:
         special: the rule for special tokens of texts.
-        template: of conversations, in place of the tokenizer's own.
+        template: chat template for conversations; replaces the tokenizer's own.
 
     Raises:
-        ConfigError: there is no chat template, or it refuses the conversation.
+        ConfigError: if there is no chat template, or it refuses the conversation.
     """
     if isinstance(prompt, str):
         ids = encoded(tokenizer, prompt, special)
@@ -69,14 +69,15 @@ def generate_many(
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
-        how: the draws of a row depend on the seed and its number alone, so they are the same on any number of ranks.
-        stop: ids that end a text, beside the tokenizer's end of text.
+        how: sampling. A row's draws depend only on the seed and the row's number, so they do not depend on the number
+            of ranks.
+        stop: ids that end a text, besides the tokenizer's end of text.
 
     Yields:
-        What was written, in the order of the requests, on every rank: every rank must take all of it.
+        The completions in the order of the requests, on every rank. Every rank must consume all of them.
 
     Raises:
-        ConfigError: a prompt needs more positions than the model has learned, or has a token that it does not know.
+        ConfigError: if a prompt needs more positions than the model has learned, or has a token without an embedding.
     """
     for number, request in enumerate(requests):
         advice = "shorten it, or lower --max-new-tokens"
@@ -98,7 +99,7 @@ def _written(
     stop: set[int],
     first: int,
 ) -> Iterator[Completion]:
-    """The texts of some requests, of which the first has that number."""
+    """Yield the completions of some requests; `first` is the number of the first one."""
     dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     texts = [Written(tokenizer, request.ending.texts) for request in requests]

@@ -1,6 +1,6 @@
-"""Evaluation by tasks: from the YAML's `icl_tasks` to metrics with standard errors.
+"""Evaluation by in-context learning tasks: from the YAML's `icl_tasks` to metrics with standard errors.
 
-The names of metrics are LLM Foundry's: `metrics/LABEL/N-shot/METRIC`, or `metrics/LABEL/N-shot/CATEGORY/METRIC`.
+Metrics have LLM Foundry's names: `metrics/LABEL/N-shot/METRIC`, or `metrics/LABEL/N-shot/CATEGORY/METRIC`.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from llmfoundry.settings import load_yaml
 log = logging.getLogger(__name__)
 
 PREFIX = "metrics/"
-N_BUCKETS = 10  # of confidence, in the calibration error
+N_BUCKETS = 10  # bins of confidence for the calibration error
 
 
 class Score(NamedTuple):
-    """A metric of a task."""
+    """The value of one metric."""
 
     value: float
-    stderr: float | None  # of the mean over questions; None: not known
-    n: int  # questions asked
+    stderr: float | None  # of the mean over questions; None: unknown
+    n: int  # number of questions
 
 
 class Task(NamedTuple):
-    """A task, ready to be put to a model: one number of examples, one category."""
+    """A task that is ready to run: one number of few-shot examples, one category."""
 
     name: str  # LABEL/N-shot, or LABEL/N-shot/CATEGORY
     metrics: list[str]
     questions: Questions
-    n_rows: int  # of its data, of which the questions may be the first
+    n_rows: int  # rows in its data; the questions may be only the first of them
     batch_size: int
 
 
 def build_tasks(
     configs: Sequence[TaskConfig], reader: Reader, *, max_seq_len: int, batch_size: int, max_batches: int = -1
 ) -> list[Task]:
-    """Read the data of tasks, and make their prompts.
+    """Read the data of tasks and build their prompts.
 
     Args:
-        max_seq_len: tokens of a row, for tasks that do not say it.
-        batch_size: rows of a forward, for tasks that do not say it.
-        max_batches: ask only this many batches of each task, over all ranks together; -1: all.
+        max_seq_len: tokens per row, for tasks that do not set it.
+        batch_size: rows per forward, for tasks that do not set it.
+        max_batches: run at most this many batches of each task, over all ranks together; -1: all.
 
     Raises:
-        ConfigError: data is missing or malformed, or two tasks have the same name.
+        ConfigError: if data is missing or malformed, or two tasks have the same name.
     """
     tasks: list[Task] = []
     for config in configs:
         rows_at_once = config.batch_size or batch_size
         for category, rows in config.by_category().items():
-            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # whole questions
+            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # never split a question
             limit = len(rows) if max_batches == -1 else max_batches * per_batch
             for n in config.num_fewshot:
                 name = "/".join(filter(None, (config.label, f"{n}-shot", category)))
@@ -87,12 +87,12 @@ def evaluate_tasks(
     stopped: Callable[[], bool] = lambda: False,
     report: bool = False,
 ) -> dict[str, Score] | None:
-    """Put tasks to a model.
+    """Evaluate a model on tasks.
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
         rank: this process's share of the questions, of `world`.
-        stopped: asked before every batch, with the same answer on every rank; true ends the evaluation.
+        stopped: called before every batch, with the same answer on every rank; True ends the evaluation.
         report: log each task when it is done.
 
     Returns:
@@ -111,16 +111,16 @@ def evaluate_tasks(
 
 
 def accuracy(judged: Sequence[Judged]) -> Score:
-    """The share of right answers."""
+    """Return the share of correct answers."""
     n = len(judged)
     value = sum(one.correct for one in judged) / n
     return Score(value, math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None, n)
 
 
 def calibration_error(judged: Sequence[Judged]) -> Score:
-    """How far confidence and accuracy are apart, averaged over the questions of ten equal ranges of confidence.
+    """Expected calibration error: the gap between confidence and accuracy, averaged over ten equal bins of confidence.
 
-    Confidence counts as the middle of its range. Source: Guo et al. 2017, arXiv:1706.04599.
+    The middle of its bin stands for a question's confidence. Source: Guo et al. 2017, arXiv:1706.04599.
     """
     buckets: list[list[Judged]] = [[] for _ in range(N_BUCKETS)]
     for one in judged:
@@ -142,16 +142,17 @@ _METRICS: dict[str, Callable[[Sequence[Judged]], Score]] = {
 
 
 def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, object]:
-    """The data of a YAML with its tasks and its gauntlet in place, where it names files of their own.
+    """Return the YAML's data, with tasks and gauntlet read from the files that it names.
 
-    `icl_tasks` and `eval_gauntlet` may be paths, as may be LLM Foundry's `icl_tasks_str` and `eval_gauntlet_str`.
-    Relative paths, those of data too, are looked for in the current folder, then beside the file that names them.
+    `icl_tasks` and `eval_gauntlet` may be paths, as may LLM Foundry's `icl_tasks_str` and `eval_gauntlet_str`.
+    Relative paths, including those of task data, are looked for in the current folder, then beside the file that names
+    them.
 
     Args:
-        folder: of the YAML.
+        folder: the folder of the YAML.
 
     Raises:
-        ConfigError: a file is missing or malformed.
+        ConfigError: if a file is missing or malformed.
     """
     data = dict(data)
     for key in ("icl_tasks", "eval_gauntlet"):
@@ -170,7 +171,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
         if key == "icl_tasks" and isinstance(data.get(key), list):
             data[key] = [_with_paths(task, folder, beside) for task in data[key]]  # type: ignore[attr-defined]
         elif data.get(key, ...) is None:
-            del data[key]  # written, and left empty
+            del data[key]  # present but empty
     return data
 
 
@@ -181,17 +182,17 @@ def _with_paths(task: object, *folders: Path) -> object:
 
 
 def _found(path: str, *folders: Path) -> str:
-    """The absolute path of a file in the current folder or in one of `folders`; unchanged if it does not exist."""
+    """Return the absolute path of a file in the current folder or one of `folders`, or its own path if none has it."""
     places = (folder / Path(path).expanduser() for folder in (Path(), *folders))
     return path if path.startswith(HUB) else next((str(each.absolute()) for each in places if each.is_file()), path)
 
 
 def table(scores: Mapping[str, Mapping[str, Score]], composites: Mapping[str, Mapping[str, float]]) -> str:
-    """Results as a table in Markdown.
+    """Format results as a Markdown table.
 
     Args:
-        scores: of each model by name.
-        composites: a gauntlet's, of each model by name.
+        scores: each model's scores, by the model's name.
+        composites: each model's gauntlet scores, by the model's name.
     """
     rows = [("model", "task", "metric", "value", "stderr", "questions")]
     for model, found in scores.items():

@@ -1,6 +1,6 @@
-"""Questions to a model as token ids, asked and judged: by the likelihood of given answers, or by what the model writes.
+"""Questions as token ids, judged by the likelihood of given answers or by the text that the model writes.
 
-LLM Foundry's rules, so that numbers are comparable. Special tokens stand before a prompt alone.
+The rules are LLM Foundry's, so that scores are comparable. Special tokens are added only before a prompt.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 class Judged(NamedTuple):
-    """How one question went."""
+    """The outcome of one question."""
 
     correct: bool
-    # Of its answer by mean probability, 0 to 1, and whether that one is right: what the calibration error compares.
+    # The answer with the largest mean probability (0 to 1), and whether it is correct, for the calibration error.
     confidence: float = 0.0
     surest_correct: bool = False
 
 
 class Reader:
-    """Texts as tokens, by the rule for special tokens that the model was trained with."""
+    """Encodes texts by the rule for special tokens that the model was trained with."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
         self.tokenizer, self.special = tokenizer, special
         self._encoder = Encoder(tokenizer, special)
-        # Whether " a" is one token: a continuation then begins with a space.
+        # Whether " a" is a single token; if so, continuations start with a space.
         self.prefix_space = len(self._encoder.encode([" a"])[0]) == 1
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of parts of a text."""
+        """Return the token ids of parts of texts."""
         return self._encoder.encode(texts)
 
     def openings(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts that begin a document."""
+        """Return the token ids of texts that start a document."""
         bos, found = self.special.bos, self.ids(texts)
         return found if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
 
     def spaced(self, text: str) -> str:
-        """A continuation as it follows its context."""
+        """Return a continuation, with the space that separates it from its context."""
         return f" {text}" if self.prefix_space and not text.startswith(" ") else text
 
 
 class Questions(ABC):
-    """The questions of a task, ready to be asked as often as there are models."""
+    """The questions of a task, which can be put to several models."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of questions."""
 
     @abstractmethod
     def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
-        """Ask a model, all ranks together: the same on every rank, or None if it was stopped."""
+        """Put the questions to a model on all ranks; return the same on every rank, or None if stopped."""
 
 
 class WithAnswers(NamedTuple):
-    """A question and the answers that may follow it, as text.
+    """A question and its possible answers, as text.
 
     Attributes:
-        prompt: solved examples, or nothing.
-        asked: a context and its continuation for each possible answer; one of several is right, or the only one.
-        gold: which is right.
-        where: the file and line that it is from.
+        prompt: solved examples, or an empty string.
+        asked: a context and its continuation for each possible answer. One of several is correct, or the only one.
+        gold: the index of the correct answer.
+        where: the file and line of the question.
     """
 
     prompt: str
@@ -84,13 +84,16 @@ class WithAnswers(NamedTuple):
 
 
 class LikelihoodQuestions(Questions):
-    """Given answers, of which the model finds one the likeliest per token; or the only one, which it has to find the
-    likeliest text there is."""
+    """Questions with given answers.
+
+    Of several answers, the model should give the correct one the highest likelihood per token. A single answer is
+    correct if it is the likeliest text.
+    """
 
     def __init__(self, questions: Sequence[WithAnswers], choose: bool, reader: Reader, max_seq_len: int) -> None:
         self._choose = choose
         self._gold = [question.gold for question in questions]
-        self._spans: list[range] = []  # the continuations of each question
+        self._spans: list[range] = []  # the spans of each question's continuations
         self.continuations: list[Continuation] = []
         prompts = reader.openings([question.prompt for question in questions])
         asked = [pair for question in questions for pair in question.asked]
@@ -112,8 +115,11 @@ class LikelihoodQuestions(Questions):
         return len(self._spans)
 
     def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
-        """As `Questions.ask`. The confidence is the largest mean probability as a share of those of all answers; of an
-        only answer, the lowest of the probabilities of the likeliest tokens."""
+        """As `Questions.ask`.
+
+        The confidence is the largest mean probability divided by the sum over all answers; for a single answer, the
+        lowest of the probabilities of the likeliest tokens.
+        """
         found = likelihood(model, self.continuations, ranks)
         if found is None:
             return None
@@ -135,20 +141,20 @@ class LikelihoodQuestions(Questions):
 class ToWrite(NamedTuple):
     """A question whose answer the model writes."""
 
-    prompt: str  # solved examples, or nothing
+    prompt: str  # solved examples, or empty
     context: str
-    answers: list[str]  # any of which is right
+    answers: list[str]  # any of these is correct
 
 
 class Judging(NamedTuple):
-    """What of a written text is the answer, and when it is right."""
+    """Which part of a written text is the answer, and when it is correct."""
 
-    stops: list[str]  # the answer ends before the first of them
-    after: str  # the answer comes after the last of these; "": all is answer
+    stops: list[str]  # the answer ends before the first of these
+    after: str  # the answer follows the last of these; "": everything is the answer
     normalize: bool  # compare lower case words, without articles and punctuation
 
     def is_right(self, text: str, answers: Sequence[str]) -> bool:
-        """Whether a text begins with one of the answers."""
+        """Return whether a text starts with one of the answers."""
         if self.stops:
             text = re.split("|".join(map(re.escape, self.stops)), text)[0]
         if self.after:
@@ -158,7 +164,7 @@ class Judging(NamedTuple):
 
 
 class WrittenQuestions(Questions):
-    """Answers that the model writes, the likeliest token at a time."""
+    """Questions whose answers the model writes, by greedy decoding."""
 
     def __init__(
         self, questions: Sequence[ToWrite], judging: Judging, reader: Reader, max_seq_len: int, max_new_tokens: int
@@ -203,9 +209,10 @@ def normalized(text: str) -> str:
 
 
 def draw_examples(n_rows: int, n_examples: int, asked: int, dice: random.Random) -> set[int]:
-    """The solved examples before a question, which is not one of them; the same draws as in LLM Foundry.
+    """Draw the solved examples that precede a question, with the same draws as LLM Foundry.
 
-    There are fewer than `n_examples` where there are fewer other rows. The order is that of the set.
+    The question itself is never drawn. There are fewer than `n_examples` if there are fewer other rows. The order is
+    that of the set.
     """
     if n_examples == 0:
         return set()

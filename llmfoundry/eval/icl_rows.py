@@ -1,6 +1,6 @@
-"""The rows of a task, from a file of JSON lines or a dataset of the Hugging Face hub.
+"""The rows of a task, from a JSON lines file or a dataset of the Hugging Face hub.
 
-Texts are stripped of white space at both ends, as LLM Foundry does; lists are left as they are.
+White space at both ends of texts is removed, as in LLM Foundry; lists are left unchanged.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ HUB = "hf://"
 
 
 class Row:
-    """One line of a task's file, whose fields are asked for by name and kind.
+    """One line of a task's file; its fields are read by name and type.
 
-    Every method raises a ConfigError that names the line if the field is missing or of another kind.
+    Every method raises a ConfigError that names the line if the field is missing or has another type.
     """
 
     def __init__(self, where: str, fields: Mapping[str, object]) -> None:
         self.where = where
         self._fields = {key: value.strip() if isinstance(value, str) else value for key, value in fields.items()}
 
-    def text(self, key: str, default: str | None = None) -> str:
-        """A string."""
+    def text(self, key: str) -> str:
+        """Return the field, which must be a string."""
         value = self._fields.get(key)
-        if value is None and default is not None:
-            return default
         if not isinstance(value, str):
             raise self._refused(key, value, "a text")
         return value
 
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
-        """A list of strings."""
+        """Return the field, which must be a list of strings."""
         value = self._fields.get(key)
         if value is None and default is not None:
             return default
@@ -44,7 +42,7 @@ class Row:
         return value
 
     def choices(self, key: str) -> list[str]:
-        """A list of strings, whose right one is the entry `gold`."""
+        """Return the field, which must be a list of strings, of which entry `gold` is correct."""
         found, gold = self.texts(key), self._fields.get("gold")
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(found):
             raise self._refused("gold", gold, f"the number of one of {len(found)} {key}, counted from 0")
@@ -52,13 +50,13 @@ class Row:
 
     @property
     def gold(self) -> int:
-        """Which of the `choices` is right."""
+        """The index of the correct entry of `choices`."""
         value = self._fields["gold"]
         assert isinstance(value, int)
         return value
 
     def has(self, key: str) -> bool:
-        """Whether there is such a field."""
+        """Return whether the field exists."""
         return self._fields.get(key) is not None
 
     def _refused(self, key: str, value: object, wanted: str) -> ConfigError:
@@ -67,16 +65,16 @@ class Row:
 
 
 def read_rows(uri: str, loading: Mapping[str, object], parsing: Mapping[str, list[str]]) -> list[Row]:
-    """All rows of a task.
+    """Read all rows of a task.
 
     Args:
-        uri: a file of JSON lines, or `hf://` with the name of a dataset.
-        loading: of a dataset: what else to give to `datasets.load_dataset`, e.g. {split: test, name: main}.
-        parsing: of a dataset: for each field the columns whose texts make it, joined by a space; empty: the columns
-            as they are.
+        uri: a JSON lines file, or `hf://` and the name of a dataset.
+        loading: for a dataset, arguments of `datasets.load_dataset`, e.g. {split: test, name: main}.
+        parsing: for a dataset, the columns whose texts, joined by a space, make up each field; empty: use the columns
+            unchanged.
 
     Raises:
-        ConfigError: there is none, or it is malformed.
+        ConfigError: if the data is missing or malformed.
     """
     rows = _from_hub(uri.removeprefix(HUB), loading, parsing) if uri.startswith(HUB) else _from_file(Path(uri))
     if not rows:
@@ -115,7 +113,7 @@ def _from_hub(name: str, loading: Mapping[str, object], parsing: Mapping[str, li
         raise ConfigError(f"dataset_uri: {HUB}{name}: needs the package datasets; pip install datasets") from None
     try:
         found = load(name, **loading)
-    except Exception as error:  # of many kinds: no network, no such dataset, files that do not fit
+    except Exception as error:  # many types: no network, no such dataset, unsuitable files
         raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if isinstance(found, dict):
         raise ConfigError(

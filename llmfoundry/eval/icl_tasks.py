@@ -1,9 +1,9 @@
-"""Tasks that show a model some solved examples and ask it for one more (in-context learning), in LLM Foundry's words.
+"""In-context learning tasks: the model sees some solved examples and is asked for one more. Keys are LLM Foundry's.
 
-Prompts, the choice of examples and the spans that are judged are LLM Foundry v0.22's, so numbers are comparable: rows
-are stripped, the examples of row i are drawn from the other rows in order by one `random.Random(fewshot_random_seed)`,
-a context loses the white space at its end, and a continuation begins with a space where the tokenizer has a token for
-that. Where a row is too long, the beginning of its prompt goes.
+Prompts, the choice of examples and the spans that are judged are those of LLM Foundry v0.22, so scores are comparable:
+rows are stripped; the examples of row i are drawn from the other rows, in order, by one
+`random.Random(fewshot_random_seed)`; trailing white space of a context is removed, and a continuation starts with a
+space if the tokenizer encodes that as part of a token. If a row is too long, the start of its prompt is cut.
 """
 
 from __future__ import annotations
@@ -33,32 +33,33 @@ LM_CALIBRATION = "InContextLearningLMExpectedCalibrationError"
 CHOICE_ACCURACY = "InContextLearningMultipleChoiceAccuracy"
 CHOICE_CALIBRATION = "InContextLearningMCExpectedCalibrationError"
 EXACT_MATCH = "InContextLearningGenerationExactMatchAccuracy"
-ANSWER_BUFFER = 10  # tokens that an answer after a chain of thought may have beyond the longest in the data
+ANSWER_BUFFER = 10  # extra tokens for an answer after a chain of thought, beyond the longest in the data
 
 
 class TaskConfig(Choice, tag="icl_task_type"):
-    """Root of the family of tasks: an entry of the YAML's `icl_tasks`."""
+    """Base of the task types: an entry of the YAML's `icl_tasks`."""
 
-    METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
+    METRICS: ClassVar[tuple[str, ...]]  # available for this type; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
 
-    icl_task_type: str  # how a question is put and scored
-    label: str  # of its metrics: metrics/LABEL/N-shot/METRIC
-    # A file of JSON lines, relative to the current folder or the YAML's; or hf://NAME of a dataset. Without one a run
-    # can be planned.
+    icl_task_type: str  # how questions are asked and scored
+    label: str  # name in metrics: metrics/LABEL/N-shot/METRIC
+    # A JSON lines file, relative to the current folder or the YAML's folder; or hf://NAME of a dataset. It is not
+    # needed to plan a run.
     dataset_uri: str | None = None
-    num_fewshot: list[int]  # solved examples before the question; each number is evaluated
-    metric_names: list[str] = []  # empty: the accuracy of its kind
-    batch_size: int | None = Field(default=None, gt=0)  # rows of a forward on one rank; None: device_eval_batch_size
-    max_seq_len: int | None = Field(default=None, gt=0)  # tokens of a row; None: icl_seq_len
-    fewshot_random_seed: int = 1234  # picks the solved examples
-    prompt_string: str = ""  # before everything else
-    example_delimiter: str = "\n"  # between examples
-    continuation_delimiter: str = " "  # between a question and its answer
-    question_prelimiter: str = ""  # before each question
-    has_categories: bool = False  # rows have a `category`, and each one is a task of its own
-    hf_loading_vars: dict[str, str | int | bool | None] = {}  # of a dataset: to load_dataset, e.g. {split: test}
-    hf_parsing_map: dict[str, list[str]] = {}  # of a dataset: for each field the columns that make it
+    num_fewshot: list[int]  # numbers of solved examples before the question; each is evaluated
+    metric_names: list[str] = []  # empty: the accuracy of the task's type
+    batch_size: int | None = Field(default=None, gt=0)  # rows per forward on one rank; None: device_eval_batch_size
+    max_seq_len: int | None = Field(default=None, gt=0)  # tokens per row; None: icl_seq_len
+    fewshot_random_seed: int = 1234  # seed for drawing the solved examples
+    prompt_string: str = ""  # text before everything else
+    example_delimiter: str = "\n"  # text between examples
+    continuation_delimiter: str = " "  # text between a question and its answer
+    question_prelimiter: str = ""  # text before each question
+    has_categories: bool = False  # rows have a `category`; each category is scored as a task of its own
+    # For a hub dataset: arguments of load_dataset, e.g. {split: test}
+    hf_loading_vars: dict[str, str | int | bool | None] = {}
+    hf_parsing_map: dict[str, list[str]] = {}  # for a hub dataset: the columns that make up each field
 
     @model_validator(mode="before")
     @classmethod
@@ -97,11 +98,11 @@ class TaskConfig(Choice, tag="icl_task_type"):
 
     @property
     def metrics(self) -> list[str]:
-        """The names of its metrics."""
+        """The names of the task's metrics."""
         return self.metric_names or [self.METRICS[0]]
 
     def by_category(self) -> dict[str, list[Row]]:
-        """All rows, in tasks of their own: by category, or one without a name."""
+        """Split the rows into one task per category, or one task without a name."""
         if self.dataset_uri is None:
             raise ConfigError(f"icl_tasks: {self.label}: dataset_uri is empty; name a file of JSON lines")
         rows = read_rows(self.dataset_uri, self.hf_loading_vars, self.hf_parsing_map)
@@ -114,37 +115,37 @@ class TaskConfig(Choice, tag="icl_task_type"):
 
     @abstractmethod
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
-        """The questions of a task.
+        """Build the questions of a task.
 
         Args:
-            rows: of the whole task; examples are drawn from all of them.
-            n_examples: solved ones before each question.
-            limit: ask only this many questions.
-            max_seq_len: tokens of a question with its answer, at most.
+            rows: all rows of the task; examples are drawn from them.
+            n_examples: number of solved examples before each question.
+            limit: use only this many questions.
+            max_seq_len: maximum tokens of a question with its answer.
 
         Raises:
-            ConfigError: a row lacks something, or its answer alone is too long.
+            ConfigError: if a row lacks a field, or its answer alone is too long.
         """
 
     def n_choices(self, row: Row) -> int:
-        """Rows of a forward that a question takes."""
+        """Return the number of rows that a question takes in a forward."""
         return 1
 
     def question(self, row: Row, before: str) -> str:
-        """The text of a question, which follows `before`."""
+        """Return the text of a question, placed after `before`."""
         delimiter = self.example_delimiter if before else ""
         return f"{delimiter}{self.question_prelimiter}{row.text(self.CONTEXT)}{self.continuation_delimiter}"
 
     def example(self, row: Row, before: str) -> str:
-        """The text of a question with its answer."""
+        """Return the text of a question with its answer."""
         return f"{self.question(row, before)}{self.answer(row)}"
 
     @abstractmethod
     def answer(self, row: Row) -> str:
-        """The right answer, as examples show it."""
+        """Return the correct answer, as examples show it."""
 
     def prompts(self, rows: Sequence[Row], n_examples: int, limit: int) -> list[str]:
-        """What stands before each question: the prompt string and solved examples."""
+        """Return the text before each question: the prompt string and solved examples."""
         dice = random.Random(self.fewshot_random_seed)
         prompts = []
         for number in range(min(limit, len(rows))):
@@ -162,7 +163,7 @@ class MultipleChoiceConfig(TaskConfig, names=("multiple_choice",)):
     CONTEXT = "query"
 
     def answer(self, row: Row) -> str:
-        """The right choice."""
+        """Return the correct choice."""
         return row.choices("choices")[row.gold]
 
     def n_choices(self, row: Row) -> int:
@@ -186,11 +187,11 @@ class SchemaConfig(TaskConfig, names=("schema",)):
     METRICS = (CHOICE_ACCURACY, CHOICE_CALIBRATION)
 
     def question(self, row: Row, before: str) -> str:
-        """The right context, and what parts it from the continuation."""
+        """Return the correct context, and the delimiter before the continuation."""
         return f"{self._opened(row.choices('context_options')[row.gold], before)}{self.continuation_delimiter}"
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def n_choices(self, row: Row) -> int:
@@ -201,7 +202,7 @@ class SchemaConfig(TaskConfig, names=("schema",)):
         """As `TaskConfig.build`."""
         questions = []
         for row, prompt in zip(rows, self.prompts(rows, n_examples, limit), strict=False):
-            # As in LLM Foundry, a first context is followed by the continuation alone.
+            # As in LLM Foundry, without a prompt the continuation follows the context directly.
             end = self.continuation_delimiter.rstrip() if prompt else ""
             contexts = [f"{self._opened(option, prompt)}{end}" for option in row.choices("context_options")]
             asked = [(context, row.text("continuation")) for context in contexts]
@@ -218,7 +219,7 @@ class LanguageModelingConfig(TaskConfig, names=("language_modeling",)):
     METRICS = (LM_ACCURACY, LM_CALIBRATION)
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
@@ -234,9 +235,9 @@ class GenerationKwargs(Config):
     """`generation_kwargs`: texts are always the greedy ones."""
 
     max_new_tokens: int | None = Field(default=None, gt=0)  # None: the longest answer in the data
-    do_sample: Literal[False] = False  # always so: the likeliest token each time
-    num_beams: Literal[1] = 1  # always so
-    use_cache: bool = True  # accepted, without effect
+    do_sample: Literal[False] = False  # only false is supported: decoding is greedy
+    num_beams: Literal[1] = 1  # only 1 is supported
+    use_cache: bool = True  # accepted, without effect: the cache is always used
 
 
 class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
@@ -245,13 +246,13 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
 
     METRICS = (EXACT_MATCH,)
 
-    cot_delimiter: str = ""  # between a chain of thought and the answer
-    do_normalization: bool = True  # compare words in lower case, without articles and punctuation
-    early_stopping_criteria: list[str] | None = None  # texts that end an answer
+    cot_delimiter: str = ""  # text between a chain of thought and the answer
+    do_normalization: bool = True  # compare lower-case words, without articles and punctuation
+    early_stopping_criteria: list[str] | None = None  # strings that end an answer
     generation_kwargs: GenerationKwargs = GenerationKwargs()  # how answers are generated
 
     def answer(self, row: Row) -> str:
-        """The answer, after its chain of thought."""
+        """Return the answer, after its chain of thought."""
         return self._after_thought(row, row.text("answer"))
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
@@ -265,7 +266,7 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
         return WrittenQuestions(questions, judging, reader, max(max_seq_len, longest), longest)
 
     def _longest_answer(self, rows: Sequence[Row], reader: Reader) -> int:
-        """Tokens of the longest answer of all rows, with its chain of thought and what opens a document."""
+        """Tokens of the longest answer of all rows, with its chain of thought and the token that opens a document."""
         texts = [self._after_thought(row, answer) for row in rows for answer in _answers(row)]
         buffer = ANSWER_BUFFER if self.cot_delimiter else 0
         return max(max(map(len, reader.openings(texts))) + buffer, 1)

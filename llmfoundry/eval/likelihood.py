@@ -1,8 +1,8 @@
-"""How likely a model finds given continuations, and its own continuations of many prompts.
+"""The likelihood of given continuations, and greedy or sampled continuations of many prompts.
 
 Rows are sorted by length, dealt to the ranks in turn and padded on the right, which changes nothing for a causal model.
-Every rank runs the same number of forwards, for the ranks of experts or of sharded weights must meet in each: where it
-has no row left, it runs one of a single token. Results are summed over the ranks, so each has all of them.
+Every rank runs the same number of forwards, because ranks that share experts or sharded weights must meet in each; a
+rank with no row left runs one on a single token. Results are summed over the ranks, so each rank has all of them.
 
 Shapes: N continuations, B rows of a forward, S tokens, J continuation tokens of a forward, V vocab.
 """
@@ -24,33 +24,33 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 class Continuation(NamedTuple):
-    """Token ids, of which the last `n` are judged, each by what stands before it: n is below their number."""
+    """Token ids of which the last `n` are judged, each given the ids before it; n is less than their number."""
 
     ids: list[int]
     n: int
 
 
 class Likelihood(NamedTuple):
-    """Of N continuations, each (N,) float64 on the CPU; every rank has the same."""
+    """Results for N continuations, each (N,) float64 on the CPU; the same on every rank."""
 
     nats: Tensor  # summed over the tokens
-    greedy: Tensor  # 1 if each token is the likeliest one there, else 0
-    lowest_top: Tensor  # probability of the likeliest token, at the token where that is lowest
-    mean: Tensor  # probability of the tokens, averaged
+    greedy: Tensor  # 1 if every token is the likeliest at its position, else 0
+    lowest_top: Tensor  # the lowest, over positions, of the probability of the likeliest token
+    mean: Tensor  # mean probability of the tokens
 
 
 class Ranks(NamedTuple):
-    """This process's share of the rows, and how many it takes at once."""
+    """This process's share of the rows, and the number of rows in a forward."""
 
-    rows: int  # of one forward
+    rows: int  # rows per forward
     rank: int = 0
     world: int = 1
-    stopped: Callable[[], bool] = lambda: False  # asked before each forward, with the same answer on every rank
+    stopped: Callable[[], bool] = lambda: False  # called before each forward; must return the same on every rank
 
 
 @torch.no_grad()
 def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Likelihood | None:
-    """How likely continuations are.
+    """Compute the likelihood of continuations.
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
@@ -59,7 +59,8 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         The same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: a token has no row in the embedding, or a row has more tokens than positions were learned.
+        ConfigError: if a token has no row in the embedding, or a row has more tokens than the model has learned
+            positions.
     """
     place = next(model.parameters()).device
     found = torch.zeros(len(Likelihood._fields), len(continuations), dtype=torch.float64, device=place)
@@ -77,7 +78,7 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         nats = -log_p.gather(1, targets[:, None])[:, 0]  # (J,)
         top, best = log_p.max(-1)
         first = 0
-        for number, item in zip(numbers, items, strict=False):  # without the row of a rank that has none
+        for number, item in zip(numbers, items, strict=False):  # drops the dummy row of a rank without rows
             own = slice(first, first + item.n)
             first += item.n
             hit = (best[own] == targets[own]).all()
@@ -88,9 +89,9 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
 
 @torch.no_grad()
 def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Tensor | None:
-    """`Likelihood.nats` alone, (N,) float64, for long continuations: no logits are kept.
+    """Return `Likelihood.nats`, (N,) float64, for long continuations: no logits are kept.
 
-    Args and errors as `likelihood`.
+    Args and errors as for `likelihood`.
     """
     place = next(model.parameters()).device
     found = torch.zeros(len(continuations), dtype=torch.float64, device=place)
@@ -110,14 +111,14 @@ def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks
 
 
 def _padded(items: Sequence[Continuation]) -> Tensor:
-    """(B, S) int64: all but the last token of each, which is judged and not read."""
+    """Return all tokens of each row but the last, which is judged and not read: (B, S) int64."""
     tokens = torch.zeros(len(items), max(len(item.ids) for item in items) - 1, dtype=torch.int64)
     for row, item in enumerate(items):
         tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
     return tokens
 
 
-# Chooses an id for each of n rows, from the numbers of their prompts and (n, V) logits; n may be 0.
+# Chooses an id for each of n rows, given the indices of their prompts and (n, V) logits; n may be 0.
 Draw = Callable[[list[int], Tensor], list[int]]
 
 
@@ -126,9 +127,9 @@ def _likeliest(numbers: list[int], logits: Tensor) -> list[int]:
 
 
 class Prompt(NamedTuple):
-    """What to continue, and for how long."""
+    """Token ids to continue, and the maximum number of new tokens."""
 
-    ids: list[int]  # one at least
+    ids: list[int]  # at least one
     max_new_tokens: int
 
 
@@ -142,29 +143,30 @@ def continue_all(
     done: Callable[[int, list[int]], bool] = lambda number, ids: False,
     draw: Draw = _likeliest,
 ) -> list[list[int]] | None:
-    """The likeliest token again and again, or one that is drawn, until a stop token, `max_new_tokens`, or `done`.
+    """Continue prompts, greedily or by sampling, until a stop token, `max_new_tokens`, or `done`.
 
-    Rows of different lengths are padded on the left, and each is what it would be alone. Modules of `transformers` are
-    not asked to do that: their rows are read up to the end of the shortest, and from there on token by token, a longer
-    one its own tokens first. Where experts of limited capacity drop tokens, a row has the forward to itself.
+    Rows of different lengths are padded on the left, and the result is the same as for each row alone. Modules of
+    `transformers` do not support that here: their rows are read up to the end of the shortest one, and from there token
+    by token, with a longer row's own tokens first. If experts of limited capacity drop tokens, each row has its own
+    forward.
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
-        stop: ids that end a text, and are not part of it.
-        done: whether a text is complete, from the number of its prompt and its new ids.
+        stop: ids that end a text and are not part of it.
+        done: whether a text is complete, given the number of its prompt and its new ids.
 
     Returns:
         The new ids of each prompt, the same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: as `likelihood`.
+        ConfigError: as for `likelihood`.
     """
     place = next(model.parameters()).device
     if isinstance(model.config.ffn_config, MoEConfig) and model.config.ffn_config.moe_capacity_factor:
         ranks = ranks._replace(rows=1)
     longest = max((prompt.max_new_tokens for prompt in prompts), default=0)
     check_rows(model, [prompt.ids for prompt in prompts], longest)
-    written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: none
+    written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: no token
     for numbers in _batches([len(prompt.ids) for prompt in prompts], ranks):
         if ranks.stopped():
             return None
@@ -181,7 +183,7 @@ def _write(
     done: Callable[[int, list[int]], bool],
     draw: Draw,
 ) -> list[list[int]]:
-    """The new ids of the prompts of one batch, which may be none: other ranks may have some."""
+    """Return the new ids of the prompts of one batch. The batch may be empty on this rank and not on others."""
     place = next(model.parameters()).device
     rows = [list(prompt.ids) for _, prompt in prompts] or [[0]]
     texts: list[list[int]] = [[] for _ in prompts]
@@ -194,10 +196,10 @@ def _write(
         cache = Cache(model.config.n_layers)
     read, end = 0, min(map(len, rows))
     while runtime.any_rank(bool(active)):
-        fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens that the cache has not seen
+        fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens not in the cache
         logits = model(fresh, cache=cache, last_only=True).logits[:, -1]  # (B, V)
         read, end = end, end + 1
-        writing = [row for row in sorted(active) if len(rows[row]) == read]  # the others are still in their prompts
+        writing = [row for row in sorted(active) if len(rows[row]) == read]  # the others still read their prompts
         drawn = draw([prompts[row][0] for row in writing], logits[writing])
         for row, token in zip(writing, drawn, strict=True):
             number, prompt = prompts[row]
@@ -207,15 +209,15 @@ def _write(
             if token in stop or len(texts[row]) == prompt.max_new_tokens or done(number, texts[row]):
                 active.remove(row)
         for ids in rows:
-            ids.extend([0] * (end - len(ids)))  # of a text that has ended
+            ids.extend([0] * (end - len(ids)))  # pads texts that have ended
         if not active and model.config.has_learned_positions and end > model.config.max_seq_len:
-            # Other ranks still write: this one goes on with a row that has positions left.
+            # Other ranks are still writing; continue with a dummy row that has positions left.
             rows, cache, read, end = [[0]], Cache(model.config.n_layers), 0, 1
     return texts
 
 
 def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Refuse rows that the model cannot read; raises ConfigError."""
+    """Refuse rows that the model cannot read; raise ConfigError."""
     config = model.config
     check_ids(max((max(ids) for ids in rows), default=0), config.vocab_size)
     longest = max(map(len, rows), default=0)
@@ -228,9 +230,9 @@ def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) 
 
 
 def _batches(lengths: Sequence[int], ranks: Ranks) -> Iterator[list[int]]:
-    """The numbers of this rank's rows in batches, the longest first: as many batches on every rank, some empty."""
+    """Yield the indices of this rank's rows in batches, longest first. Each rank gets as many batches, some empty."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     own = order[ranks.rank :: ranks.world]
-    most = -(-len(order) // ranks.world)  # rows of the rank that has most
+    most = -(-len(order) // ranks.world)  # rows on the rank with the most
     for start in range(0, most, ranks.rows):
         yield own[start : start + ranks.rows]

@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness over models of ours: its tasks, prompts and metrics, our forwards.
+"""EleutherAI's lm-evaluation-harness on llmfoundry models: its tasks, prompts and metrics, our forwards.
 
-The harness runs whole on every rank with the same requests; each request is answered by one rank and told to all
-(eval/likelihood.py). Importing this needs the package `lm-eval`.
+The whole harness runs on every rank with the same requests. Each request is answered by one rank and sent to all
+(eval/likelihood.py). Importing this module needs the package `lm-eval`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
-MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
+MAX_NEW_TOKENS = 256  # default for requests without a limit, as in the harness
 _NEW_TOKENS = (
     "max_gen_toks",
     "max_new_tokens",
     "max_tokens",
     "max_completion_tokens",
-)  # its words, the first one first
+)  # the harness's names for it; the first takes precedence
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # a request, its context and its continuation
 
 
 class Length(NamedTuple):
-    """What a request to write asks for."""
+    """What a generation request asks for."""
 
     stops: list[str]
     max_new_tokens: int
@@ -45,36 +45,38 @@ class Length(NamedTuple):
 
 @register_model("llmfoundry")
 class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class where it is installed
-    """A model of ours as the harness asks it."""
+    """The harness's interface to an llmfoundry model."""
 
     def __init__(self, model: CausalLM, reader: Reader, ranks: Ranks, max_length: int) -> None:
-        """Args:
-        model: in evaluation mode, sharded or not; every rank calls this.
-        max_length: tokens that a forward reads at most; the beginning of a longer text goes.
+        """Wrap a model.
+
+        Args:
+            model: in evaluation mode, sharded or not; every rank calls this.
+            max_length: maximum tokens of a forward; longer texts lose their beginning.
         """
         super().__init__()
-        self.tokenizer = reader.tokenizer  # whose chat template the harness asks for
+        self.tokenizer = reader.tokenizer  # the harness asks for its chat template
         self.max_length = max_length
         self._model, self._reader, self._ranks = model, reader, ranks
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """The id of the end of text."""
         return int(self._reader.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What opens a document: the token that a text without a context follows."""
+        """The id that opens a document; it precedes a text without a context."""
         bos = self._reader.special.bos
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """A name for the harness's caches of requests."""
         return str(self._reader.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text."""
+        """Render a chat as text."""
         render = partial(
             self._reader.tokenizer.apply_chat_template,
             chat_history,
@@ -88,7 +90,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
             raise ConfigError(f"--apply-chat-template: the chat template refuses a question: {error}") from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """The ids of a text that begins a document, or of a part of one (`add_special_tokens=False`)."""
+        """Encode a text that starts a document, or part of one (`add_special_tokens=False`)."""
         (ids,) = self._reader.ids([string]) if add_special_tokens is False else self._reader.openings([string])
         return ids
 
@@ -108,7 +110,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
         return [(-nats, bool(greedy)) for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, each token judged once, in windows of `max_length` tokens."""
+        """Return log-likelihoods of whole texts. Each token is judged once, in windows of `max_length` tokens."""
         items: list[Continuation] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -123,7 +125,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy texts up to the first of the strings that end them."""
+        """Greedy texts up to the first of their stop strings."""
         lengths = [_length(request.args[1]) for request in requests]
         contexts = self._reader.openings([request.args[0] for request in requests])
         prompts = []
@@ -148,9 +150,9 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
 
 
 def windows(ids: Sequence[int], prefix: int, size: int) -> list[Continuation]:
-    """A text in windows of which each token is judged once, after as much of the text as fits before it.
+    """Split a text into windows. Each token is judged once, after as much preceding text as fits.
 
-    The first window begins with `prefix`; the last one judges what is left. The harness's windows are the same.
+    The first window starts with `prefix`; the last one judges what is left. The harness uses the same windows.
     """
     text = [prefix, *ids]
     found, judged = [], 1
@@ -162,10 +164,10 @@ def windows(ids: Sequence[int], prefix: int, size: int) -> list[Continuation]:
 
 
 def _length(wanted: Mapping[str, object]) -> Length:
-    """What `gen_kwargs` ask for.
+    """Read a request's `gen_kwargs`.
 
     Raises:
-        ConfigError: sampling, which would give other texts each time.
+        ConfigError: if the request asks for sampling, whose results are not reproducible.
     """
     temperature = wanted.get("temperature")
     if wanted.get("do_sample") and temperature != 0:
@@ -179,7 +181,7 @@ def _length(wanted: Mapping[str, object]) -> Length:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to its endings, one after the other, as the harness cuts it."""
+    """Cut the text at its stop strings, one after the other, as the harness does."""
     for stop in stops:
         text = text.split(stop)[0]
     return text
@@ -194,20 +196,21 @@ def evaluate_harness(
     include_path: str | None = None,
     apply_chat_template: bool = False,
 ) -> dict[str, Score]:
-    """Run tasks of the harness; every rank calls this, and gets the same.
+    """Run tasks of the harness; every rank calls this and gets the same scores.
 
     Args:
         tasks: names of tasks or groups.
-        num_fewshot: solved examples; None: as each task has it.
-        limit: only this many questions of each.
+        num_fewshot: number of solved examples; None: each task's default.
+        limit: maximum number of questions per task.
         include_path: a folder with more tasks.
-        apply_chat_template: put questions as the user's turns, and solved examples as turns before them.
+        apply_chat_template: render questions as the user's turns, and solved examples as the turns before them.
 
     Returns:
-        Scores by `TASK/METRIC`, with the filter in the metric where there are several: `exact_match,strict-match`.
+        Scores by `TASK/METRIC`. If a metric has several filters, its name includes the filter: `exact_match,strict-
+        match`.
 
     Raises:
-        ConfigError: a task is unknown, or its data cannot be had.
+        ConfigError: if a task is unknown, or its data is not available.
     """
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
@@ -217,11 +220,11 @@ def evaluate_harness(
         model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
         apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
     )  # fmt: skip
-    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
+    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness returns results on rank 0 only
 
 
 def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:
-    """The harness's results by `TASK/METRIC`."""
+    """Return the harness's results by `TASK/METRIC`."""
     scores: dict[str, Score] = {}
     for task, metrics in found["results"].items():
         counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)

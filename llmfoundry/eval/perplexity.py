@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats per token, bits per byte.
+"""Evaluate a model on held-out text: nats per token and bits per byte.
 
 Shapes: B rows, S sequence.
 """
@@ -24,14 +24,14 @@ from llmfoundry.progress import progress
 class Perplexity(NamedTuple):
     """The cost of a text under a model."""
 
-    nats_per_token: float  # end-of-text tokens included
+    nats_per_token: float  # including end-of-text tokens
     bits_per_byte: float | None  # over the UTF-8 bytes of the whole text; None if only a part was read
     tokens: int
-    position_nats: Tensor  # (S,) float64, summed over the rows, of the label at each place of a row
-    position_tokens: Tensor  # (S,) float64, labels at that place
+    position_nats: Tensor  # (S,) float64, label nats at each position, summed over rows
+    position_tokens: Tensor  # (S,) float64, number of labels at each position
 
     def by_position(self, n_ranges: int) -> list[tuple[range, float]]:
-        """Nats per token in ranges of places of a row, as equal as they can be; a range without labels is left out."""
+        """Nats per token in ranges of positions of about equal size; ranges without labels are left out."""
         length = len(self.position_nats)
         bounds = [length * i // n_ranges for i in range(n_ranges + 1)]
         found = []
@@ -55,25 +55,25 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
     bar: bool = False,
 ) -> Perplexity | None:
-    """Cost of one pass over the loader's text.
+    """Compute the loss over one pass of the loader's text.
 
     Args:
         model: sharded or not; every rank calls this.
-        rows: rows of one forward on one rank.
+        rows: rows per forward on one rank.
         max_batches: read this many times `rows` rows, over all ranks together; -1 reads all.
         rank: this process's share of the rows, of `world`.
-        stopped: asked before every batch, with the same answer on every rank; true ends the pass.
-        bar: whether a terminal shows a bar.
+        stopped: called before every batch, with the same answer on every rank; True ends the pass.
+        bar: whether to show a progress bar on a terminal.
 
     Returns:
         The same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: a token of the text has no row in the embedding.
+        ConfigError: if a token of the text has no row in the embedding.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
-    places = torch.zeros(2, loader.max_seq_len, dtype=torch.float64, device=device)  # nats and labels of each
+    places = torch.zeros(2, loader.max_seq_len, dtype=torch.float64, device=device)  # nats and labels per position
     n_rows = loader.n_rows if loader.limit is None else min(loader.n_rows, loader.limit)
     n_rows = n_rows if max_batches == -1 else min(n_rows, max_batches * rows)
     complete = n_rows == loader.n_rows

@@ -1,4 +1,4 @@
-"""Text that grows by tokens, in whole characters and up to an ending: one code for chats, many prompts and tasks."""
+"""Decode text that grows by tokens, in whole characters and up to a stop string; used by chats, prompts and tasks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from transformers import PreTrainedTokenizerBase
 
 
 def _nobody(piece: str) -> None:
-    """Nobody waits for the pieces."""
+    """Ignore the pieces."""
 
 
 class Written:
-    """What a model writes, up to the first of some endings.
+    """The text that a model writes, up to the first of some stop strings.
 
     Args:
-        endings: texts that end it, and are not part of it.
-        emit: given each piece of the text.
+        endings: strings that end the text and are not part of it.
+        emit: called with each piece of the text.
     """
 
     def __init__(
@@ -28,35 +28,35 @@ class Written:
 
     @property
     def ended(self) -> bool:
-        """Whether an ending has come."""
+        """Whether a stop string was found."""
         return self._until.ended
 
     def add(self, token: int) -> bool:
-        """Take the next token; returns `ended`."""
+        """Add the next token; return `ended`."""
         self.ids.append(token)
         self._stream.advance()
         return self.ended
 
     def extended(self, tokens: Iterable[int]) -> bool:
-        """Take tokens up to an ending; returns `ended`."""
+        """Add tokens up to a stop string; return `ended`."""
         return any(self.add(token) for token in tokens)
 
     def close(self) -> str:
-        """The text: no more tokens come."""
+        """Finish and return the text."""
         self._stream.advance(last=True)
         self._until.close()
         return self._until.shown
 
 
 class Until:
-    """Passes a growing text on up to the first of some endings. What may begin an ending waits."""
+    """Passes on a growing text up to the first of some stop strings. Text that may start a stop string is held back."""
 
     def __init__(self, endings: Sequence[str], emit: Callable[[str], object]) -> None:
         self.shown, self.ended = "", False
         self._endings, self._emit, self._waiting = [each for each in endings if each], emit, ""
 
     def add(self, piece: str) -> None:
-        """Take the next piece."""
+        """Add the next piece."""
         if self.ended:
             return
         text = self._waiting + piece
@@ -65,7 +65,7 @@ class Until:
         self._show(text, min(starts) if starts else len(text) - self._may_begin(text))
 
     def close(self) -> None:
-        """Pass on what waits: no more text comes."""
+        """Finish: pass on the text that was held back."""
         if not self.ended:
             self._show(self._waiting, len(self._waiting))
 
@@ -76,28 +76,28 @@ class Until:
             self._emit(text[:end])
 
     def _may_begin(self, text: str) -> int:
-        """Characters at the end of the text that begin an ending."""
+        """Return the number of characters at the end of the text that may start a stop string."""
         return max((n for each in self._endings for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
 
 
 class Stream:
     """Decodes a growing list of ids piece by piece.
 
-    A token may be a part of a character, and how it is decoded may depend on the one before it. So the tokens of the
-    last piece are decoded again with the new ones, and a text that ends within a character waits.
+    A token may be part of a character, and its text may depend on the token before it. So the tokens of the last piece
+    are decoded again together with the new ones, and a text that ends within a character is held back.
 
     Args:
-        ids: grows; what it holds now is given out first.
-        emit: given each piece.
+        ids: a list that grows; its current contents are passed on first.
+        emit: called with each piece.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
         self._tokenizer, self._ids, self._emit = tokenizer, ids, emit
-        self._before, self._done = 0, len(ids)  # where the last piece begins, and where it ends
+        self._before, self._done = 0, len(ids)  # start and end of the last piece
         emit(self._decode(0, len(ids)))
 
     def advance(self, last: bool = False) -> None:
-        """Give out what the new ids add; the last time, also an incomplete character."""
+        """Pass on the text of the new ids; with the last call, also an incomplete character."""
         old, new = self._decode(self._before, self._done), self._decode(self._before, len(self._ids))
         if len(new) > len(old) and (last or not new.endswith("\N{REPLACEMENT CHARACTER}")):
             self._emit(new[len(old) :])

@@ -1,4 +1,7 @@
-"""Adapters between peft's names and ours: a linear layer of ours may hold several of theirs, or be a part of one."""
+"""Maps between PEFT module names and llmfoundry's.
+
+One llmfoundry linear layer may hold several Hugging Face layers (e.g. `wqkv`), or be only a part of one.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,26 @@ from llmfoundry.model.transformer import CausalLMConfig
 
 
 class PartOfMatrix(ConfigError):
-    """Adapters are asked for on a layer of theirs that is a part of one of ours."""
+    """`target_modules` selects only some of the Hugging Face layers that llmfoundry fuses into one matrix."""
 
 
 def peft_names(family: Family, config: CausalLMConfig) -> Names:
-    """Where each weight of ours stands in the names of the live Hugging Face model, for `save_peft` and `load_peft`.
+    """Return a function from an llmfoundry weight name to its PEFT modules and rows, for `save_peft` and `load_peft`.
 
     Args:
-        config: the model in our words, without adapters.
+        family: the architecture of the Hugging Face model.
+        config: the llmfoundry config, without adapters.
 
     Raises:
-        ConfigError: from the result, where a weight is stored transposed, which peft cannot adapt.
+        ConfigError: when the returned function is called for a weight that the Hugging Face model stores transposed,
+            which PEFT cannot adapt.
     """
     copies = _copies(family, config)
 
     def names(name: str) -> list[PeftPart]:
         found = []
         for copy in copies[name if name in copies else f"{name}.weight"]:
-            rows = copy.target.axes[-2]  # rows of theirs are rows of ours
+            rows = copy.target.axes[-2]  # the rows correspond one to one
             if [axis.dim for axis in copy.source.axes] != sorted(axis.dim for axis in copy.source.axes):
                 raise ConfigError(f"{family.model_type}: {name} is stored transposed there; peft cannot adapt it so")
             size = copy.sizes[len(copy.sizes) - 2]
@@ -42,24 +47,25 @@ def peft_names(family: Family, config: CausalLMConfig) -> Names:
 
 
 def _copies(family: Family, config: CausalLMConfig) -> dict[str, list[Copy]]:
-    """What leads to each of our tensors, from those of the live model."""
+    """Return the copies that fill each llmfoundry tensor, with the tensor names of the live Hugging Face model."""
     return pieces_of(family, config, "stacked" if "stacked" in family.layouts else family.layouts[0]).reading()
 
 
 def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[str]) -> str | list[str]:
-    """The linear layers of ours that peft's `target_modules` name.
+    """Return the llmfoundry linear layers that PEFT's `target_modules` selects.
 
     Args:
-        family: of the Hugging Face model.
-        config: the model in our words, without adapters.
-        wanted: `all-linear`, a pattern that whole names match, or ends of names, e.g. [q_proj, k_proj, v_proj].
+        family: the architecture of the Hugging Face model.
+        config: the llmfoundry config, without adapters.
+        wanted: `all-linear`, a regular expression that must match whole module names, or a list of name suffixes, e.g.
+            [q_proj, k_proj, v_proj].
 
     Returns:
-        `target_modules` of `model.lora`.
+        The value for `model.lora.target_modules`.
 
     Raises:
-        ConfigError: nothing matches.
-        PartOfMatrix: only a part of one of our layers does.
+        ConfigError: if nothing matches.
+        PartOfMatrix: if only a part of an llmfoundry layer matches.
     """
     if wanted == "all-linear":
         return wanted
@@ -71,7 +77,7 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
     found: list[str] = []
     names: set[str] = set()
     for name, copies in _copies(family, config).items():
-        if not name.startswith("blocks.") or len(copies[0].target.axes) < 2:  # vectors have no adapter
+        if not name.startswith("blocks.") or len(copies[0].target.axes) < 2:  # PEFT does not adapt vectors
             continue
         theirs = sorted({copy.source.name.removesuffix(".weight") for copy in copies})
         names |= set(theirs)

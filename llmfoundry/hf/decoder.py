@@ -1,6 +1,6 @@
-"""What the families after Llama share: names of settings and tensors, rotary scalings, windows, mixtures.
+"""What Llama and later architectures share: setting and tensor names, RoPE scaling, attention windows, MoE settings.
 
-A family states what differs from here.
+Each family overrides only what differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmfoundry.layers.rope import LinearScaling, Llama3Scaling, RopeScaling, Ya
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
-# Names of `transformers`; the first of each of ours is the one that is written.
+# `transformers` activation names to llmfoundry's. When writing, the first match is used.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -32,14 +32,14 @@ _SPARSE = "full_attention", "sliding_attention"
 
 
 class Decoder(Family):
-    """RMSNorm, rotary attention with grouped heads, a gated feed-forward block."""
+    """Base of the families with RMSNorm, rotary grouped-query attention and a gated feed-forward block."""
 
     sizes = {
         "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
         "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
         "tie_word_embeddings": "tie_word_embeddings",
     }  # fmt: skip
-    # Projections of theirs after `model.layers.N.`, by the words that `add_pieces` uses.
+    # Hugging Face submodule names under `model.layers.N.`, keyed by the names that `add_pieces` uses.
     names: ClassVar[dict[str, str]] = {
         "norm_1": "input_layernorm",
         "norm_2": "post_attention_layernorm",
@@ -53,7 +53,7 @@ class Decoder(Family):
     }
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         windows = self.windows(theirs)
         pattern = shortest_pattern(windows)
         data = {
@@ -76,20 +76,20 @@ class Decoder(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """What `attn_config` says beyond heads and rotation."""
+        """Return the keys of `attn_config` beyond the head counts and RoPE."""
         bias = bool(theirs["attention_bias"])
         return {"bias": bias, "out_bias": bias}
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """What `ffn_config` says beside the activation."""
+        """Return the keys of `ffn_config` beyond the activation."""
         return {"ffn_type": "mptglu", "ffn_hidden_size": theirs["intermediate_size"]}
 
     def windows(self, theirs: Theirs) -> list[int]:
-        """The window of each layer, or of all."""
+        """Return the sliding window of each layer, or a single one for all layers."""
         return [FULL]
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         attention, ffn = config.attention, config.ffn(config.n_layers - 1)
         if not isinstance(attention, GroupedQueryConfig) or not attention.rope:
             raise ConfigError("rotary softmax attention")
@@ -106,19 +106,19 @@ class Decoder(Family):
         }
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """The inverse of `attention` and `windows`."""
+        """Return the Hugging Face settings for biases and windows; the inverse of `attention` and `windows`."""
         return {"attention_bias": bool(attention.bias)}
 
     def their_activation(self, ffn: FFNConfig) -> str:
-        """Their name of the activation."""
+        """Return the Hugging Face name of the activation."""
         return activation_to(ffn)
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """The inverse of `ffn`."""
+        """Return the Hugging Face settings of the feed-forward block; the inverse of `ffn`."""
         return {"intermediate_size": ffn.ffn_hidden_size}
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         for layer in range(config.n_layers):
             ours, theirs = f"blocks.{layer}", f"{self.prefix}layers.{layer}"
@@ -135,7 +135,7 @@ class Decoder(Family):
             pieces.add("lm_head.weight", self.head)
 
     def add_attention(self, config: CausalLMConfig, pieces: Pieces, ours: str, theirs: str) -> None:
-        """Queries, keys and values are one matrix of ours; the rest has the same shape in both."""
+        """Map the attention tensors: q, k and v are slices of `wqkv`; all others have the same shape on both sides."""
         attention = config.attention
         assert isinstance(attention, GroupedQueryConfig)
         head, kv = attention.rotary_dim(config.d_model, config.n_heads), attention.kv_heads(config.n_heads)
@@ -152,7 +152,7 @@ class Decoder(Family):
             pieces.add(f"{ours}.sinks", f"{theirs}.sinks")
 
     def add_gated(self, pieces: Pieces, ours: str, theirs: str) -> None:
-        """A dense gated block: their gate and up are one matrix of ours."""
+        """Map a dense gated block: `gate_proj` and `up_proj` are the two halves of `w1`."""
         hidden = pieces.shapes[f"{ours}.w1.weight"][0] // 2
         for kind in ("weight", "bias") if f"{ours}.w1.bias" in pieces.shapes else ("weight",):
             pieces.add(f"{ours}.w1.{kind}", f"{theirs}.{self.names['gate']}.{kind}", (slice(0, hidden),))
@@ -160,7 +160,7 @@ class Decoder(Family):
             pieces.add(f"{ours}.w2.{kind}", f"{theirs}.{self.names['down']}.{kind}")
 
     def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
-        """Experts, one tensor each (`each`) or stacked as ours are (`stacked`)."""
+        """Map the experts, stored either as one tensor per expert (`each`) or stacked as in llmfoundry (`stacked`)."""
         pieces.add(f"{ours}.router.weight", f"{theirs}.{self.names['router']}.weight")
         if layout == "stacked":
             stacked = f"{theirs}.mlp.experts"
@@ -177,14 +177,14 @@ class Decoder(Family):
 
 
 def activation_of(name: Value) -> str:
-    """Our name of an activation."""
+    """Return the llmfoundry name of a Hugging Face activation."""
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ConfigError(f"config.json: activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def activation_to(ffn: FFNConfig) -> str:
-    """Their name of a block's activation."""
+    """Return the Hugging Face name of a block's activation."""
     found = [theirs for theirs, ours in _ACTIVATIONS.items() if ours == ffn.ffn_act_fn.key]
     if not found:
         raise ConfigError(f"ffn_act_fn.name={ffn.ffn_act_fn.name}")
@@ -192,12 +192,12 @@ def activation_to(ffn: FFNConfig) -> str:
 
 
 def init_of(initializer_range: Value) -> dict[str, object]:
-    """Our `init_config`."""
+    """Return `init_config` for a Hugging Face `initializer_range`."""
     return {"name": "normal_", "init_std": float(initializer_range)} if initializer_range else {}  # type: ignore[arg-type]
 
 
 def rope_of(parameters: Value) -> dict[str, object]:
-    """`rope_theta` and `rope_scaling` of their `rope_parameters`."""
+    """Convert Hugging Face `rope_parameters` to `rope_theta` and `rope_scaling`."""
     if not isinstance(parameters, dict):
         raise ConfigError(f"config.json: rope_parameters must be a mapping, found {parameters!r}")
     said = {key: value for key, value in parameters.items() if value is not None}
@@ -207,7 +207,7 @@ def rope_of(parameters: Value) -> dict[str, object]:
         raise ConfigError("config.json: partial_rotary_factor is not supported; all dims of a head rotate")
     rope: dict[str, object] = {"rope_theta": float(theta)}  # type: ignore[arg-type]
     if kind == "default":
-        said.pop("original_max_position_embeddings", None)  # of no use without a scaling
+        said.pop("original_max_position_embeddings", None)  # unused without scaling
     elif kind not in _SCALINGS:
         raise ConfigError(
             f"config.json: rope_type {kind!r} is not supported; supported are default, {', '.join(_SCALINGS)}"
@@ -229,9 +229,9 @@ def rope_of(parameters: Value) -> dict[str, object]:
 
 
 def rope_to(theta: float, scaling: RopeScaling) -> ConfigDict:
-    """Their `rope_parameters`, and the same under the names that readers before `transformers` 5 know.
+    """Return `rope_parameters`, plus the same settings under the names that `transformers` before version 5 reads.
 
-    Without `rope_theta` at the top, those rotate by their default theta and say nothing.
+    Without a top-level `rope_theta`, those versions silently use their default theta.
     """
     kind = next((kind for kind, known in _SCALINGS.items() if isinstance(scaling, known)), "default")
     said = {k: v for k, v in scaling.model_dump(mode="json").items() if k != "type" and v is not None}
@@ -243,7 +243,7 @@ def rope_to(theta: float, scaling: RopeScaling) -> ConfigDict:
 
 
 def shortest_pattern(values: Sequence[int]) -> list[int]:
-    """The shortest list that gives `values` when it is repeated."""
+    """Return the shortest list whose repetition yields `values`."""
     for length in range(1, len(values) + 1):
         if all(value == values[i % length] for i, value in enumerate(values)):
             return list(values[:length])
@@ -251,7 +251,7 @@ def shortest_pattern(values: Sequence[int]) -> list[int]:
 
 
 def windows_of(layer_types: Value, sliding_window: Value) -> list[int]:
-    """The window of each layer: theirs counts the token itself, ours only those before it."""
+    """Return the window of each layer. Hugging Face windows include the current token; llmfoundry windows do not."""
     if not isinstance(layer_types, list) or not set(layer_types) <= set(_SPARSE):
         raise ConfigError(
             f"config.json: layer_types={layer_types!r} is not supported; supported are {', '.join(_SPARSE)}"
@@ -263,7 +263,11 @@ def windows_of(layer_types: Value, sliding_window: Value) -> list[int]:
 
 
 def windows_to(config: CausalLMConfig) -> tuple[list[Value], int | None]:
-    """Their `layer_types` and `sliding_window`; one window is all that they can say."""
+    """Return `layer_types` and `sliding_window`.
+
+    Raises:
+        ConfigError: if the layers have windows of several sizes, which Hugging Face configs cannot express.
+    """
     windows = [config.window(layer) for layer in range(config.n_layers)]
     sizes = sorted({window for window in windows if window != FULL})
     if len(sizes) > 1:
@@ -273,7 +277,7 @@ def windows_to(config: CausalLMConfig) -> tuple[list[Value], int | None]:
 
 
 def mixture_of(theirs: Theirs, n_experts: str, hidden: str) -> dict[str, object]:
-    """What a mixture's `ffn_config` says in every family: experts, how many a token meets, the balance loss."""
+    """Return the `ffn_config` keys that every MoE family has: number of experts, top-k, and the balance loss."""
     top_k = theirs.int("num_experts_per_tok")
     return {
         "ffn_type": "moe",
@@ -286,10 +290,11 @@ def mixture_of(theirs: Theirs, n_experts: str, hidden: str) -> dict[str, object]
 
 
 def balance_of(theirs: Theirs, coefficient: Value, top_k: int) -> float:
-    """Our weight of their balance loss, which takes all layers together and counts a token K times, once a slot.
+    """Convert `router_aux_loss_coef` to `moe_loss_weight`.
 
-    Their code adds that loss only where `output_router_logits` is set. Most configs carry a coefficient that is never
-    applied: gpt-oss 0.9, which would be most of the gradient.
+    The Hugging Face loss averages over all layers together and counts each token K times, once per selected expert. It
+    is added only if `output_router_logits` is set. Most configs carry a coefficient that is never applied, such as 0.9
+    in gpt-oss, which would dominate the gradient.
     """
     if not theirs["output_router_logits"]:
         return 0.0
@@ -297,7 +302,7 @@ def balance_of(theirs: Theirs, coefficient: Value, top_k: int) -> float:
 
 
 def mixture_to(ffn: FFNConfig, n_experts: str, hidden: str) -> ConfigDict:
-    """The inverse of `mixture_of`."""
+    """Return the Hugging Face MoE settings; the inverse of `mixture_of`."""
     moe = as_mixture(ffn)
     return {
         hidden: moe.ffn_hidden_size,
@@ -308,10 +313,10 @@ def mixture_to(ffn: FFNConfig, n_experts: str, hidden: str) -> ConfigDict:
 
 
 def as_mixture(ffn: FFNConfig) -> MoEConfig:
-    """The block as a mixture.
+    """Return `ffn` as a MoEConfig.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: if it is not a mixture of experts.
     """
     if not isinstance(ffn, MoEConfig):
         raise ConfigError(f"ffn_type={ffn.ffn_type}")
@@ -319,5 +324,5 @@ def as_mixture(ffn: FFNConfig) -> MoEConfig:
 
 
 def _rounded(value: float) -> float:
-    """Without the last bits of a division, so that there and back is the same number."""
+    """Round to 12 digits, so that converting to Hugging Face and back gives the same number."""
     return float(f"{value:.12g}")

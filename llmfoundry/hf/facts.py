@@ -1,7 +1,8 @@
-"""What a model computes, as plain facts: two configs with the same facts are the same function of the same weights.
+"""What a model computes, as a flat dict: two configs with equal facts compute the same function of the same weights.
 
-Here the spellings of a config fall away (defaults filled in, aliases resolved, windows a layer each), and all that only
-concerns training or speed. So facts tell whether another format can hold a model, and whether a YAML fits a checkpoint.
+Facts are normalized: defaults are filled in, aliases resolved, and windows listed per layer. Settings that affect only
+training or speed are left out. Comparing facts tells whether another format can represent a model, and whether a YAML
+fits a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from llmfoundry.moe.layer import MoEConfig
 
 Facts = dict[str, object]
 
-# Of attention and feed-forward blocks: speed, or training alone.
+# Settings of attention and feed-forward blocks that affect only speed or training.
 _NO_FUNCTION = {
     "attn_impl", "attn_uses_sequence_id", "attn_pdrop",
     "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_accumulation",
     "moe_lbl_layers", "moe_jitter_eps",
 }  # fmt: skip
-# Said by other facts.
+# Covered by other facts.
 _SAID_ELSEWHERE = {"sliding_window_size", "first_k_dense", "moe_layer_freq", "dense_ffn_hidden_size"}
 
 
 def facts(config: CausalLMConfig) -> Facts:
-    """The facts of a model, by dotted name."""
-    if isinstance(settings := getattr(config, "hf_config", None), dict):  # a module of transformers
+    """Return the facts of a model, keyed by dotted name."""
+    if isinstance(settings := getattr(config, "hf_config", None), dict):  # a `transformers` module
         return {f"hf_config.{key}": value for key, value in settings.items()} | {"vocab_size": config.vocab_size}
     found: Facts = {
         "d_model": config.d_model,
@@ -56,9 +57,9 @@ def _if_any(by_layer: list[bool] | list[int | None], usual: bool | None) -> obje
 
 
 def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
-    """Facts that differ, with both values; a block that differs in every layer is named once."""
+    """Return the facts that differ, with both values. A setting that differs in several layers is listed once."""
     keys = [key for key in one | two if one.get(key) != two.get(key)]
-    if "n_layers" in keys:  # then blocks and windows differ in number: those that both have are compared
+    if "n_layers" in keys:  # blocks and windows differ in number; compare only those that both have
         keys = [key for key in keys if key in one and key in two and key != "windows"]
     found: dict[str, tuple[object, object]] = {}
     for key in keys:
@@ -69,9 +70,9 @@ def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
 
 
 def weight_differences(stored: CausalLMConfig, model: CausalLMConfig) -> dict[str, tuple[object, object]]:
-    """Facts in which a model differs from that whose weights it takes over.
+    """Return the facts in which a model differs from the checkpoint whose weights it loads.
 
-    A larger vocabulary is not a difference: rows are added to the embedding.
+    A larger vocabulary does not count as a difference, because rows are added to the embedding.
     """
     found = differences(facts(stored), facts(model))
     if stored.vocab_size < model.vocab_size:
@@ -85,7 +86,7 @@ def _attention(attention: AttentionConfig, d_model: int, n_heads: int, norm: Nor
         head_dim = attention.rotary_dim(d_model, n_heads)
         scale = attention.softmax_scale
         said |= {
-            "attn_type": "grouped_query_attention",  # with one group a head it is the multi-head one
+            "attn_type": "grouped_query_attention",  # multi-head attention is the case of one group per head
             "kv_n_heads": attention.kv_heads(n_heads),
             "head_dim": head_dim,
             "softmax_scale": head_dim**-0.5 if scale is None else scale,
@@ -108,12 +109,12 @@ def _ffn(ffn: FFNConfig) -> Facts:
         said["shared_expert_hidden_size"] = None if shared is None else shared.hidden_size
         said["moe_topk_groups"] = ffn.moe_topk_groups or ffn.moe_n_groups
         said["moe_bias"] = ffn.moe_bias if ffn.bias else None
-        said["moe_bias_update_rate"] = ffn.moe_bias_update_rate is not None  # how the bias moves is training's
+        said["moe_bias_update_rate"] = ffn.moe_bias_update_rate is not None  # the rate matters only in training
     return said
 
 
 def _settings(choice: Choice) -> Facts:
-    """A block as data, under the first name of its kind; a kind with other defaults is the same kind."""
+    """Return a config block as a dict, tagged by its base kind: subclasses that only change defaults are the same."""
     said = {key: value for key, value in dump(choice).items() if key not in _NO_FUNCTION | _SAID_ELSEWHERE}
     named = [kind for kind in type(choice).__mro__ if issubclass(kind, Choice) and kind._names]
     return said | {choice._tag: named[-1]._names[0]}

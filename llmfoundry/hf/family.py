@@ -1,8 +1,9 @@
-"""A family: one architecture of `transformers`, as a map of configs and a map of tensors. One file each in families/.
+"""A family maps one `transformers` architecture to llmfoundry: its config and its tensors. Each has a file in
+families/.
 
-Subclassing `Family` in a file there registers it. Both maps are checked from outside, so a family states only what it
-knows. A setting of theirs that no rule has read and that is not at its default is an error. And a model of ours is only
-written if the config that was written, read back, has the same facts.
+Subclassing `Family` in a file there registers it. Both maps are verified here, so a family only states what it knows. A
+Hugging Face setting that no rule has read and that is not at its default raises an error. An llmfoundry model is only
+written if the written config, read back, has the same facts.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
-ConfigDict = dict[str, Value]  # a config.json
+ConfigDict = dict[str, Value]  # the contents of a config.json
 
-# No concern of what a model computes: dropout, first values, caches, token ids, classification heads.
+# Settings that do not affect what a model computes: dropout, initialization, caches, token ids, classification heads.
 _HARMLESS = {
     "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "emb_pdrop", "initializer_range",
     "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "pretraining_tp",
@@ -40,7 +41,7 @@ _HARMLESS = {
 _MOST_LAYERS = 10_000
 
 
-# What older versions of `transformers` wrote into any config.json.
+# Keys that older versions of `transformers` wrote into every config.json.
 _OLD = {
     "model_type", "torch_dtype", "transformers_version", "auto_map", "_name_or_path", "torchscript", "is_decoder",
     "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id",
@@ -50,13 +51,13 @@ _OLD = {
 
 
 def said_of_any_model() -> set[str]:
-    """Keys of a config.json that say nothing of what its model computes, in any family."""
+    """Return the config.json keys that do not affect what a model computes, in any family."""
     own = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
     return own | _OLD | _HARMLESS | set(GenerationConfig().to_dict())
 
 
 class Theirs:
-    """A config of `transformers`, its defaults filled in; it remembers which settings were read."""
+    """A `transformers` config with its defaults filled in, which records the settings that were read."""
 
     def __init__(self, config: PreTrainedConfig, where: str = "config.json") -> None:
         self._config, self._where = config, where
@@ -68,26 +69,26 @@ class Theirs:
         return cast(Value, getattr(self._config, key, None))
 
     def int(self, key: str) -> int:
-        """A whole number that must be there."""
+        """Return a setting that must be an integer."""
         value = self[key]
         if not isinstance(value, int):
             raise ConfigError(f"{self._where}: {key} must be a whole number, found {value!r}")
         return value
 
     def part(self, key: str) -> Theirs:
-        """A config inside of it."""
+        """Return a nested config."""
         self._read.add(key)
         part = Theirs(getattr(self._config, key), f"{self._where}: {key}")
         self._parts.append(part)
         return part
 
     def must_be(self, key: str, value: Value) -> None:
-        """Raise ConfigError unless a setting has the one value that is supported."""
+        """Raise ConfigError unless a setting has the only supported value."""
         if self[key] != value:
             raise ConfigError(f"{self._where}: {key}={self[key]!r} is not supported, only {value!r}")
 
     def check_all_read(self) -> None:
-        """Raise ConfigError where a setting that is not at its default was passed over."""
+        """Raise ConfigError if a setting that is not at its default has not been read."""
         own = {field.name for field in dataclasses.fields(self._config)}
         own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
         default = type(self._config)()
@@ -100,21 +101,19 @@ class Theirs:
 
 
 class Family:
-    """Root of the families."""
+    """Base class of the families."""
 
-    model_type: ClassVar[str] = ""  # of config.json
-    title: ClassVar[str]  # its makers' name
+    model_type: ClassVar[str] = ""  # in config.json
+    title: ClassVar[str]  # the name that its authors use
     architecture: ClassVar[str]  # the class in `transformers`
-    prefix: ClassVar[str] = "model."  # of the tensors that a checkpoint of the bare decoder has without it
-    head: ClassVar[str] = "lm_head.weight"  # absent in a tied model
+    prefix: ClassVar[str] = "model."  # of tensor names; checkpoints of the bare decoder omit it
+    head: ClassVar[str] = "lm_head.weight"  # absent if the embeddings are tied
     embedding: ClassVar[str] = "model.embed_tokens.weight"
-    sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
-    layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
-    buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are not weights
-    turn: ClassVar[int | None] = (
-        0  # lower ones are tried first for a model that leaves; None: only if asked for by name
-    )
-    code: ClassVar[str] = ""  # file of this package that is written beside the weights, to be run by `transformers`
+    sizes: ClassVar[dict[str, str]]  # Hugging Face names of the settings with the same meaning, by llmfoundry name
+    layouts: ClassVar[tuple[str, ...]] = ("",)  # of tensors; `transformers` writes the first
+    buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # regex of tensors that are not weights
+    turn: ClassVar[int | None] = 0  # export tries lower values first; None: only if requested by name
+    code: ClassVar[str] = ""  # file of this package that is written beside the weights, for `transformers` to run
     _known: ClassVar[dict[str, type[Family]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -123,14 +122,14 @@ class Family:
             Family._known[cls.model_type] = cls
 
     def reads(self, data: Mapping[str, object]) -> bool:
-        """Whether a config.json is of this family."""
+        """Return whether a config.json belongs to this family."""
         return data.get("model_type") == self.model_type
 
     def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
-        """A config.json as our config: by way of the class of `transformers`, which fills in what it leaves out.
+        """Convert a config.json to an llmfoundry config. The `transformers` class fills in missing settings.
 
         Raises:
-            ConfigError: a setting is not supported.
+            ConfigError: if a setting is not supported.
         """
         try:
             theirs = Theirs(CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(dict(data))), where)
@@ -141,11 +140,11 @@ class Family:
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """Of the names of a checkpoint's tensors those that are weights of the model, not what their code computes."""
+        """Return the names that are weights of the model, leaving out buffers that the Hugging Face code computes."""
         return {name for name in names if re.fullmatch(self.buffers, name) is None}
 
     def sizes_of(self, theirs: Theirs) -> dict[str, object]:
-        """What our config takes over as it is."""
+        """Return the settings that are copied unchanged."""
         return {ours: theirs[name] for ours, name in self.sizes.items()}
 
     def sizes_to(self, config: CausalLMConfig) -> ConfigDict:
@@ -153,39 +152,40 @@ class Family:
         return {name: getattr(config, ours) for ours, name in self.sizes.items()}
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config of a model of theirs."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         raise NotImplementedError
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """The settings of config.json that describe a model of ours, as far as this family has words for it."""
+        """Convert an llmfoundry config to config.json settings, as far as this family can express it."""
         raise NotImplementedError
 
     def layout_of(self, specs: Mapping[str, Spec]) -> str | None:
-        """The layout that these tensors of theirs are in; None: that of `layouts` with the most of their names."""
+        """Return the layout of a checkpoint's tensors; None: the one in `layouts` with the most names in common."""
         return None
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Add where each block of each tensor stands."""
+        """Add the mapping of every tensor to `pieces`."""
         raise NotImplementedError
 
 
 @functools.cache
 def known_families() -> dict[str, Family]:
-    """All families by `model_type`."""
+    """Return all families by `model_type`."""
     for module in pkgutil.iter_modules(families.__path__):
         importlib.import_module(f"{families.__name__}.{module.name}")
     return {name: kind() for name, kind in sorted(Family._known.items())}
 
 
 def family_of(model_type: object, as_it_is: bool = False, where: str = "") -> Family:
-    """The family of a `model_type`; one that our model cannot express is the module of `transformers` as it is.
+    """Return the family of a `model_type`. Types that llmfoundry cannot express use the `transformers` module
+    unchanged.
 
     Args:
-        as_it_is: take the module in any case.
-        where: begins the message of an error.
+        as_it_is: always use the `transformers` module.
+        where: prefix of error messages.
 
     Raises:
-        ConfigError: `transformers` has no causal model of this type.
+        ConfigError: if `transformers` has no causal language model of this type.
     """
     known, module = known_families(), importlib.import_module("llmfoundry.hf.module")
     if not as_it_is and isinstance(model_type, str) and model_type in known:
@@ -203,13 +203,13 @@ def family_of(model_type: object, as_it_is: bool = False, where: str = "") -> Fa
 def read_config(
     data: Mapping[str, object], where: str = "config.json", as_it_is: bool = False
 ) -> tuple[Family, CausalLMConfig]:
-    """A config.json as a family and our config.
+    """Return the family of a config.json, and the llmfoundry config.
 
     Args:
-        as_it_is: as the module of `transformers`, also where our model could express it.
+        as_it_is: use the `transformers` module, even if llmfoundry can express the model.
 
     Raises:
-        ConfigError: the model type or a setting is not supported.
+        ConfigError: if the model type or a setting is not supported.
     """
     readers = [family for family in known_families().values() if family.reads(data)]
     family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is, f"{where}: ")
@@ -219,7 +219,7 @@ def read_config(
             "in `transformers` by from_pretrained(..., dtype=torch.bfloat16) and save_pretrained"
         )
     n_layers = data.get(family.sizes["n_layers"])
-    if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
+    if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` would build a list of this length
         raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
     try:
         return family, family.read(data, where)
@@ -228,19 +228,19 @@ def read_config(
             raise
         raise ConfigError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError, RuntimeError) as error:
-        # A setting of an unexpected type may fail anywhere.
+        # A setting of the wrong type can fail anywhere.
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: holds a setting that cannot be ({type(error).__name__}: {why})") from None
 
 
 def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:
-    """A model of ours as a family and its config.json.
+    """Return the family that an llmfoundry model is written as, and its config.json.
 
     Args:
-        model_type: None: the first family that can hold it.
+        model_type: None: the first family that can represent the model.
 
     Raises:
-        ConfigError: the family, or every family, lacks something of this model.
+        ConfigError: if the family, or every family, cannot express a setting of this model.
     """
     family, data, lacking = _closest(config, model_type)
     if lacking:
@@ -254,7 +254,7 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
 
 
 def export_note(config: ModelConfig) -> str:
-    """Whether a model can leave as a Hugging Face checkpoint: one line, known before it is trained."""
+    """Say in one line whether a model can be exported to Hugging Face, before it is trained."""
     if not isinstance(config, CausalLMConfig):
         return f"Hugging Face export: not possible with model.name={config.name}"
     family, _, lacking = _closest(config)
@@ -266,7 +266,7 @@ def export_note(config: ModelConfig) -> str:
 
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:
-    """The first family that lacks nothing of a model, or else the nearest; its config.json; what it lacks."""
+    """Return the first family that can express the model, or the nearest one; its config.json; and what it lacks."""
     settings = getattr(config, "hf_config", None)
     if isinstance(settings, dict) and model_type in (None, settings.get("model_type")):
         family = family_of(settings.get("model_type"), as_it_is=True)
@@ -280,18 +280,18 @@ def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Fam
         if not lacking:
             return family, data, []
         found.append((family, data, lacking))
-    # One without words for a whole part is farther than any other.
+    # A family that cannot express a whole component is farther than any other.
     return min(found, key=lambda each: (not each[1], len(each[2])))
 
 
 def _written(family: Family, config: CausalLMConfig) -> tuple[ConfigDict, list[str]]:
-    """The config.json of a model in a family, and what of the model it does not say."""
+    """Return the config.json of a model in a family, and the facts that it cannot express."""
     try:
         said = family.to_theirs(config)
         data: ConfigDict = {"architectures": [family.architecture], "model_type": family.model_type, **said}
         _, again = read_config(
             data | {"bos_token_id": None, "eos_token_id": None}
-        )  # defaults may exceed the vocabulary
+        )  # default token ids may exceed the vocabulary
     except ConfigError as error:
         return {}, [str(error)]
     lost = differences(facts(config), facts(again))

@@ -1,9 +1,9 @@
-"""Folders of safetensors files: read block by block, written as streams, complete or not there at all.
+"""Folders of safetensors files: read block by block, written as streams, and created atomically.
 
-A file begins with the length of its header (8 bytes) and the header (JSON: dtype, shape and place of each tensor), and
-then holds the tensors' bytes one after another. Headers are checked against the file before anything is read; nothing
-is unpickled. Reading takes just the rows that are asked for. Writing puts the header, which follows from shapes and
-dtypes, and then box after box of tensors: no more than a few buffers are held in memory.
+A file begins with the length of its header (8 bytes) and the header (JSON: dtype, shape and byte range of each tensor),
+followed by the tensors' bytes. Headers are checked against the file size before any tensor is read; nothing is
+unpickled. Only the requested rows are read. A writer first writes the header, which follows from shapes and dtypes, and
+then streams the tensors box by box, so that only a few buffers are held in memory.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from llmfoundry.hf.pieces import Part, Spec, runs
 from llmfoundry.strict_json import parse_json, read_mapping, whole_numbers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BLOCK_BYTES = 2**20  # read at a time: still in the core's cache when copied, and malloc gives the same memory again
+BLOCK_BYTES = 2**20  # read at a time: fits in the core's cache while it is copied, and malloc reuses the same memory
 BUFFER_BYTES = 2**26  # written at a time
 
-# Weights as they are trained. Integers and 8-bit floats are quantised ones, which need scales beside them.
+# Dtypes of unquantized weights. Integers and 8-bit floats would need scales.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
-_ALIGNED = 2**16  # bytes: no disk's blocks are larger
+_ALIGNED = 2**16  # bytes; a multiple of every disk's block size
 
-Advance = Callable[[int], object]  # told of bytes done
-FillBox = Callable[[str, tuple[int, ...], Tensor], object]  # of a tensor by its name, the box that begins at offsets
+Advance = Callable[[int], object]  # called with the number of bytes done
+FillBox = Callable[[str, tuple[int, ...], Tensor], object]  # (name, offsets, out): writes a box of a tensor to `out`
 
 
 class Stored(NamedTuple):
-    """A box of a tensor in a file."""
+    """A box of a tensor, stored in a file."""
 
     spec: Spec  # of the box
     file: Path
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     offsets: tuple[int, ...]  # of the box in the tensor
-    once: bool = False  # read but once: it leaves the page cache then, and the next block has its pages, not new ones
+    once: bool = False  # each block is read only once, so that it can be dropped from the page cache afterwards
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the box."""
+        """The shape of the box."""
         return self.spec.shape
 
     def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
         """Read a smaller box of the tensor, block by block.
 
         Raises:
-            ConfigError: the file ends before.
+            ConfigError: if the file ends too early.
         """
         size = self.spec.dtype.itemsize
         inner = tuple(there - here for there, here in zip(offsets, self.offsets, strict=True))
@@ -96,14 +96,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Folder:
-    """The tensors of a folder of safetensors files, as a `Source`.
+    """The tensors of a folder of safetensors files, as a `TensorSource`.
 
     Args:
-        path: it holds `model.safetensors`, or an index and the files that it names.
-        once: each tensor is read but once, and by this process alone.
+        path: a folder with `model.safetensors`, or with an index and the files that it names.
+        once: each tensor is read only once, by this process alone.
 
     Raises:
-        ConfigError: a file is missing, cut short or malformed, or named outside of the folder.
+        ConfigError: if a file is missing, truncated or malformed, or lies outside of the folder.
     """
 
     def __init__(self, path: Path, once: bool = False) -> None:
@@ -120,12 +120,12 @@ class Folder:
         self.specs: Mapping[str, Spec] = {name: stored.spec for name, stored in self._stored.items()}
 
     def parts(self, name: str) -> list[Stored]:
-        """The tensor."""
+        """Return the box that holds the tensor."""
         return [self._stored[name]]
 
 
 def _files(path: Path) -> dict[Path, set[str]]:
-    """The weight files of a folder, and the tensors that the index says are in each."""
+    """Return the weight files of a folder, each with the tensors that the index places in it."""
     index = path / INDEX
     if not index.exists():
         if (path / WEIGHTS).is_file():
@@ -148,7 +148,7 @@ def _files(path: Path) -> dict[Path, set[str]]:
     for path_of in files:
         try:
             is_there = path_of.is_file()
-        except (OSError, ValueError) as error:  # no file can have such a name
+        except (OSError, ValueError) as error:  # e.g. a name that is too long
             raise ConfigError(f"{index}: names {path_of.name!r:.80}: {error!s:.80}") from None
         if not is_there:
             raise ConfigError(f"{path_of}: is missing; {INDEX} names it")
@@ -156,13 +156,13 @@ def _files(path: Path) -> dict[Path, set[str]]:
 
 
 def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, Stored]:
-    """The tensors of a safetensors file; they fill it without gaps, as the library wants it.
+    """Read the header of a safetensors file. Its tensors must fill it without gaps, as the library requires.
 
     Args:
-        dtypes: that they may have; by default, those of weights.
+        dtypes: the allowed dtypes; by default, those of unquantized weights.
 
     Raises:
-        ConfigError: the file is cut short or malformed.
+        ConfigError: if the file is truncated or malformed.
     """
     size = file.stat().st_size
     with open(file, "rb") as handle:
@@ -207,7 +207,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
 
 
 def _check_filled(start: int, end: int, tensors: Mapping[str, Stored]) -> None:
-    """Raise ValueError unless the tensors lie one after another, from a byte of the file to its end."""
+    """Raise ValueError unless the tensors cover the bytes from `start` to `end` without gaps or overlaps."""
     places = sorted((each.start, each.start + each.spec.nbytes, name) for name, each in tensors.items())
     check_apart(places)
     for begin, after, name in places:
@@ -219,7 +219,7 @@ def _check_filled(start: int, end: int, tensors: Mapping[str, Stored]) -> None:
 
 
 def check_apart(places: Iterable[tuple[int, int, str]]) -> None:
-    """Raise ValueError if two tensors, each from a byte to another, share bytes of a file."""
+    """Raise ValueError if two of the (start, end, name) byte ranges overlap."""
     last, reached = "", 0
     for start, end, name in sorted(places):
         if start < reached:
@@ -229,13 +229,13 @@ def check_apart(places: Iterable[tuple[int, int, str]]) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears when it is complete.
+    """Create a folder atomically.
 
     Yields:
-        A temporary folder beside `path`, to be filled. It gets its name at the end, and is deleted on any error.
+        A temporary folder beside `path`, to be filled. It is renamed to `path` on success, and deleted on any error.
 
     Raises:
-        ConfigError: there is something at `path`, or the disk is full.
+        ConfigError: if `path` is in use, or the disk is full.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: is in use; name a folder that does not exist, or an empty one")
@@ -246,7 +246,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
-        temporary.rename(path)  # over an empty folder too
+        temporary.rename(path)  # also replaces an empty folder
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
@@ -255,15 +255,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 class Placed(NamedTuple):
-    """A tensor's place in a file that is to be written."""
+    """The position of a tensor in a file that is being written."""
 
     name: str
     spec: Spec
-    start: int  # byte in the file
+    start: int  # byte offset in the file
 
 
 def header(tensors: Mapping[str, Spec], notes: Mapping[str, str]) -> tuple[bytes, list[Placed]]:
-    """The head of a safetensors file, and its tensors in order: widest dtypes first, so that all lie aligned."""
+    """Return the header of a safetensors file and its tensors in order: widest dtypes first, to keep them aligned."""
     order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": dict(notes)}
     position, places = 0, []
@@ -281,11 +281,11 @@ def header(tensors: Mapping[str, Spec], notes: Mapping[str, str]) -> tuple[bytes
 
 
 class Filed(NamedTuple):
-    """A file that is on disk, synced."""
+    """A file that has been written and synced to disk."""
 
     places: list[Placed]
     bytes: int
-    sha256: str  # empty if it was not asked for
+    sha256: str  # empty if not requested
 
 
 def write_files(
@@ -295,12 +295,14 @@ def write_files(
     advance: Advance = lambda count: None,
     hashed: bool = False,
 ) -> dict[str, Filed]:
-    """Write safetensors files as streams, and sync them.
+    """Write safetensors files as streams, and sync them to disk.
 
     Args:
-        files: the tensors of each, by its name.
-        fill_box: gives the tensors' values. It is asked for boxes in the order in which they lie in the files.
-        hashed: take the files' SHA-256.
+        files: the tensors of each file, by file name.
+        fill_box: writes a tensor's values to a buffer. It is called for the boxes in the order in which they lie in the
+            files.
+        advance: called with the number of bytes done.
+        hashed: compute the SHA-256 of each file.
     """
     buffers = deque(torch.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=torch.uint8) for _ in range(3))
     filed = {}
@@ -319,21 +321,23 @@ def write_files(
 
 
 def boxes(spec: Spec) -> Iterator[tuple[tuple[int, ...], Spec]]:
-    """The boxes that a tensor is written in, with their offsets."""
+    """Yield the boxes that a tensor is written in, with their offsets."""
     limit = (BUFFER_BYTES - _ALIGNED) // spec.dtype.itemsize
     for offsets, shape in runs((0,) * len(spec.shape), spec.shape, spec.shape, limit):
         yield offsets, Spec(spec.dtype, shape)
 
 
 class _Stream:
-    """A new file, written from buffers in turn: one is filled while those before it are hashed and written.
+    """A new file, written from rotating buffers: one is filled while the previous ones are hashed and written.
 
-    The file is written past the page cache (O_DIRECT) where the file system allows it: copies into new pages of the
-    cache took more of the processor than SHA-256, and syncing them held everything up at the end. Such writes begin and
-    end at multiples of a block. What is over goes to the next buffer, and at the end through the cache.
+    Where the file system allows it, the file bypasses the page cache (O_DIRECT): copying into new pages of the cache
+    took more CPU time than SHA-256, and syncing them stalled the end. Direct writes begin and end at multiples of a
+    block. The remainder moves to the next buffer, and at the end is written through the cache.
 
     Args:
-        buffers: each begins at a page of memory.
+        path: the file, which must not exist.
+        buffers: each aligned to a memory page.
+        hashed: compute the SHA-256 of the file.
     """
 
     def __init__(self, path: Path, buffers: deque[Tensor], hashed: bool) -> None:
@@ -343,7 +347,7 @@ class _Stream:
         self._direct = False
         self._stack = ExitStack()
         self._file = self._stack.enter_context(open(path, "xb", buffering=0))
-        # The file is closed after they are done.
+        # Closed in reverse order: the threads finish before the file is closed.
         self._writer, self._hasher = (self._stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         with suppress(OSError):
             self._go_direct(True)
@@ -355,14 +359,14 @@ class _Stream:
         self._stack.close()
 
     def space(self, n_bytes: int) -> Tensor:
-        """Where the file's next bytes are to be put, before the next call; fewer than a buffer has."""
+        """Return the buffer for the file's next bytes, to be filled before the next call; at most BUFFER_BYTES."""
         if self._filled + n_bytes > BUFFER_BYTES:
             self._send()
         self._filled += n_bytes
         return self._buffers[0][self._filled - n_bytes : self._filled]
 
     def finish(self) -> tuple[int, str]:
-        """Put everything on disk; the file's bytes and SHA-256."""
+        """Write and sync what is left; return the file's size in bytes and its SHA-256."""
         self._send()
         while self._busy:
             self._wait()
@@ -374,7 +378,7 @@ class _Stream:
         return self._written, self._digest.hexdigest() if self._digest is not None else ""
 
     def _send(self) -> None:
-        """Have the blocks of the buffer written, and turn to the next one."""
+        """Submit the full blocks of the current buffer for writing, and switch to the next buffer."""
         end = self._filled // _ALIGNED * _ALIGNED
         blocks, rest = _bytes_of(self._buffers[0][:end]), self._buffers[0][end : self._filled]
         self._busy.append([self._writer.submit(self._write, blocks), self._hasher.submit(self._hash, blocks)])
@@ -395,7 +399,7 @@ class _Stream:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._go_direct(False)  # a file system that takes the flag, and then not the write
+                self._go_direct(False)  # the file system accepts the flag but rejects the write
                 continue
             content, self._written = content[count:], self._written + count
 
@@ -410,7 +414,7 @@ class _Stream:
 
 
 def shards(tensors: Mapping[str, Spec], max_bytes: int) -> list[dict[str, Spec]]:
-    """Tensors shared out to files of at most `max_bytes`, in order; one that is larger has a file of its own."""
+    """Split tensors into files of at most `max_bytes`, in order. A larger tensor gets a file of its own."""
     files: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in tensors.items():
@@ -429,7 +433,7 @@ def write_weights(
     max_shard_bytes: int,
     advance: Advance = lambda count: None,
 ) -> None:
-    """Write `model.safetensors`, or several files and their index, into a folder."""
+    """Write `model.safetensors`, or several files and an index, into a folder."""
     parts = shards(tensors, max_shard_bytes)
     if len(parts) == 1:
         write_files(folder, {WEIGHTS: parts[0]}, fill_box, advance)

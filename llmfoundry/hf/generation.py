@@ -1,7 +1,7 @@
-"""generation_config.json: the ids at which a text ends, and how a model likes to be sampled.
+"""Reading and writing of generation_config.json: the stop token ids and the sampling defaults of a model.
 
-A chat model has more stop ids than the one end of text that its tokenizer names. So the file travels with the weights:
-from Hugging Face's folder into ours, through every checkpoint of a run, and out again.
+A chat model has more stop ids than the single end-of-text token of its tokenizer. So the file travels with the weights:
+from the Hugging Face folder into a run, through every checkpoint, and into the export.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 
 
 def read_generation(folder: Path) -> str | None:
-    """The generation_config.json of a folder, theirs or ours; None if it has none.
+    """Return the text of a folder's generation_config.json, or None if there is none.
 
     Raises:
-        ConfigError: the file cannot be read, or says no token ids where they belong.
+        ConfigError: if the file cannot be read, or its token ids are malformed.
     """
     file = folder / GENERATION
     if not file.is_file():
@@ -38,7 +38,7 @@ def read_generation(folder: Path) -> str | None:
 
 
 def generation_of(said: Mapping[str, Value]) -> str | None:
-    """A generation_config.json of the token ids in a config.json; None if it names no end of text."""
+    """Return a generation_config.json with the token ids of a config.json, or None if that names no end-of-text id."""
     if said.get("eos_token_id") is None:
         return None
     text = json.dumps({key: said[key] for key in _IDS if said.get(key) is not None}, indent=2) + "\n"
@@ -47,7 +47,7 @@ def generation_of(said: Mapping[str, Value]) -> str | None:
 
 
 def stop_tokens(folder: Path) -> set[int]:
-    """The ids that end a text, by the generation_config.json of a folder; none if it has none.
+    """Return the stop token ids from a folder's generation_config.json; empty if there is none.
 
     Raises:
         ConfigError: as `read_generation`.
@@ -58,7 +58,7 @@ def stop_tokens(folder: Path) -> set[int]:
 
 
 def special_tokens(generation: str | None, tokenizer: PreTrainedTokenizerBase | None) -> ConfigDict:
-    """The token ids of a config.json: the tokenizer's; with its end of text go the others that `generation` names."""
+    """Return the token ids for config.json: the tokenizer's ids, and the further stop ids that `generation` lists."""
     found = token_ids(generation) if generation is not None else {}
     for key in _IDS:
         own = getattr(tokenizer, key, None)
@@ -69,10 +69,10 @@ def special_tokens(generation: str | None, tokenizer: PreTrainedTokenizerBase | 
 
 
 def token_ids(text: str, where: str = GENERATION) -> ConfigDict:
-    """The token ids that a generation_config.json names; the end of text may be several.
+    """Return the token ids in a generation_config.json; `eos_token_id` may be a list.
 
     Raises:
-        ConfigError: it is not a JSON object, or an id is not an integer.
+        ConfigError: if the text is not a JSON object, or an id is not an integer.
     """
     try:
         said = parse_json(text)

@@ -1,9 +1,9 @@
-"""GGUF files (llama.cpp) of the Llama family as config.json and tensors of `transformers`: our families do the rest.
+"""Reads GGUF files (llama.cpp) of the Llama family as a `transformers` config.json and tensors.
 
-The `gguf` library reads the header (gguf_header.py) and dequantises tensors to float32, one at a time.
-Three things are other than in `transformers`. Rows of queries and keys in `llama` files stand in the order that turns
-neighbouring dims together. Scaling of rotations as Llama 3.1 has it is a tensor of divisors, from which its settings
-are found again. Numbers are float32: 1e-5 is there as 9.99999974738e-06.
+The `gguf` library reads the header (gguf_header.py) and dequantizes tensors to float32, one at a time.
+GGUF differs from `transformers` in three ways. In `llama` files, the rows of q and k are permuted for RoPE on adjacent
+pairs of dims. Llama 3.1's RoPE scaling is stored as a tensor of frequency divisors, from which the settings are
+recovered. Numbers are float32: 1e-5 is stored as 9.99999974738e-06.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmfoundry.layers.rope import Llama3Scaling, NoScaling
 if TYPE_CHECKING:
     from llmfoundry.hf.gguf_header import Header, Placed
 
-_ARCHITECTURES = "llama", "qwen2", "qwen3"  # by the same names in `transformers`
+_ARCHITECTURES = "llama", "qwen2", "qwen3"  # the names are the same in `transformers`
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
@@ -37,23 +37,23 @@ _BLOCK_NAMES = {
     "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_ROPE_DIVISORS = "rope_freqs.weight"  # Llama 3.1's, one for each pair of dims
+_ROPE_DIVISORS = "rope_freqs.weight"  # for Llama 3.1 scaling, one per pair of dims
 _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"}
-_SLAB_ROWS = 1024  # dequantised at a time
+_SLAB_ROWS = 1024  # dequantized at a time
 
 
 class GGUFFile:
-    """A GGUF file as a `Source`, under the names of `transformers`.
+    """A GGUF file as a `TensorSource`, under the tensor names of `transformers`.
 
     Args:
         path: the file.
 
     Attributes:
-        config: what config.json would say.
+        config: the equivalent of config.json.
 
     Raises:
-        ConfigError: it is not a GGUF file, cut short or damaged, or of an architecture or with a setting that is not
-            supported; or the `gguf` library is not installed.
+        ConfigError: if the file is not GGUF, is truncated or damaged, or has an unsupported architecture or setting; or
+            if the `gguf` library is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,12 +76,12 @@ class GGUFFile:
         self._last: tuple[str, Tensor] | None = None
 
     def parts(self, name: str) -> list[Kept]:
-        """The tensor: as it is in the file, or made and kept until another one is asked for."""
+        """Return the tensor. If it is dequantized or reordered, it is kept in memory until another one is requested."""
         stored = self._stored[name]
         if stored.is_plain and not stored.heads:
             return [self._box(stored.start, stored.spec)]
         if self._last is None or self._last[0] != name:
-            self._last = None  # before the next: one at a time
+            self._last = None  # free the previous tensor before creating the next
             self._last = name, self._values(stored)
         return [Part((0,) * self._last[1].dim(), self._last[1])]
 
@@ -92,12 +92,12 @@ class GGUFFile:
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         for name, each in self._stored.items():
             n_heads = next((heads[part] for part in name.split(".") if part in heads), None)
-            if isinstance(n_heads, int) and each.shape[0] % (2 * n_heads) == 0:  # else its shape is found wrong later
+            if isinstance(n_heads, int) and each.shape[0] % (2 * n_heads) == 0:  # else the shape is rejected later
                 self._stored[name] = each._replace(heads=n_heads)
 
     def _values(self, stored: Placed) -> Tensor:
         values = self._dequantised(stored)
-        if stored.heads:  # (H, C/2, 2, ...), pairs side by side, to (H, 2, C/2, ...), the two halves
+        if stored.heads:  # (H, C/2, 2, ...) adjacent pairs to (H, 2, C/2, ...) halves
             values = values.unflatten(0, (stored.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return values
 
@@ -119,10 +119,10 @@ class GGUFFile:
 
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a GGUF file, as far as `transformers` can convert it; None if there is none.
+    """Return the tokenizer in a GGUF file, or None if it has none.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: if `transformers` cannot convert it.
     """
     settings, _ = _read_header(path)
     if "tokenizer.ggml.model" not in settings:
@@ -134,7 +134,7 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _read_header(path: Path) -> Header:
-    """The header of a file; the library is imported where a file is read."""
+    """Read the header of a file. `gguf` is an optional dependency, so it is imported here."""
     try:
         from llmfoundry.hf.gguf_header import read_header
     except ImportError:
@@ -143,7 +143,7 @@ def _read_header(path: Path) -> Header:
 
 
 def _their_name(name: str) -> str:
-    """The name in `transformers`; one that is not known stays, and is found to have no place."""
+    """Return the name in `transformers`. Unknown names are kept and rejected later."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if found is None:
         return name
@@ -153,7 +153,7 @@ def _their_name(name: str) -> str:
 
 
 class _Said:
-    """The settings of an architecture; it remembers which were read."""
+    """The settings of an architecture, which records those that were read."""
 
     def __init__(self, path: Path, settings: Mapping[str, Value]) -> None:
         self.path, self.settings = path, settings
@@ -188,11 +188,11 @@ class _Said:
             raise self.refused(key, self.get(key), " or ".join(map(repr, values)))
 
     def refused(self, key: str, value: object, expected: str) -> ConfigError:
-        """The error to raise."""
+        """Return the error to raise."""
         return ConfigError(f"{self.path}: {self.architecture}.{key} must be {expected}, found {value!r}")
 
     def check_all_read(self) -> None:
-        """Raise ConfigError where a setting of the architecture was passed over."""
+        """Raise ConfigError if a setting of the architecture has not been read."""
         for name, value in self.settings.items():
             prefix, _, key = name.partition(".")
             if prefix == self.architecture and key not in self._read | _HARMLESS and value not in (None, False, 0):
@@ -200,11 +200,11 @@ class _Said:
 
 
 def _config(said: _Said, tensors: Mapping[str, Placed], divisors: Tensor | None) -> ConfigDict:
-    """What config.json would say."""
+    """Return the equivalent of config.json."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ConfigError(f"{said.path}: tensor 'token_embd.weight' is missing or is not a matrix")
-    # What the tensors say too is held against them first: a damaged number would ask for any amount of memory.
+    # Check sizes against the tensors first: a damaged number could request any amount of memory.
     n_layers = len({found[1] for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))})
     said.must_be("block_count", n_layers)
     said.must_be("embedding_length", embedding.shape[1])
@@ -245,11 +245,11 @@ def _config(said: _Said, tensors: Mapping[str, Placed], divisors: Tensor | None)
 
 
 def _rope(said: _Said, head_dim: int, divisors: Tensor | None) -> ConfigDict:
-    """Their `rope_parameters`."""
+    """Return the Hugging Face `rope_parameters`."""
     theta = said.number("rope.freq_base", 10000.0)
     factor = said.number("rope.scaling.factor", said.number("rope.scale_linear", 1.0))
     kind = said.get("rope.scaling.type") or ("none" if factor in (0.0, 1.0) else "linear")
-    # llama.cpp multiplies yarn's magnitude by these, `transformers` replaces it.
+    # llama.cpp multiplies YaRN's attention factor by these; `transformers` replaces it.
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         said.must_be(f"rope.scaling.{key}", 1.0)
     length = said.get("rope.scaling.original_context_length")
@@ -270,10 +270,10 @@ def _rope(said: _Said, head_dim: int, divisors: Tensor | None) -> ConfigDict:
 
 
 def _llama3(path: Path, theta: float, head_dim: int, divisors: Tensor) -> ConfigDict:
-    """The settings that made the divisors. Only two ratios matter, so low_freq_factor is 1, as it always is.
+    """Recover the Llama 3 scaling settings from the divisors. Only two ratios matter, so low_freq_factor is set to 1.
 
-    Between the two ends a divisor is `1 / ((1 - s) / factor + s)` with `s = (length * turns - 1) / (high - 1)`: linear
-    in both unknowns, and two such dims give them.
+    Between the two cutoffs a divisor is `1 / ((1 - s) / factor + s)` with `s = (length * turns - 1) / (high - 1)`. That
+    is linear in both unknowns, `length` and `high`, so two such dims determine them.
     """
     device, found = torch.device("cpu"), divisors.double()
     plain = NoScaling().inv_freq(theta, head_dim, device)

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: settings, and the name, type, shape and place of each tensor.
+"""Reads the header of a GGUF file: settings, and the name, type, shape and offset of each tensor.
 
-`gguf.GGUFReader` reads it. It trusts the file: past the end it goes on with empty values, and it makes objects of every
-item of a list. Here a read outside of the file is an error, and lists, which are a tokenizer's, are passed over.
+`gguf.GGUFReader` does the parsing, but it trusts the file: past the end it continues with empty values, and it creates
+an object for every item of a list. Here a read past the end of the file is an error, and lists, which only tokenizers
+use, are skipped.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Placed(NamedTuple):
     """A tensor in the file.
 
     Attributes:
-        shape: as torch has it; the file has it reversed.
-        start: byte in the file.
-        heads: whose rows are to be put back in order; 0: rows are in order.
+        shape: in torch order; the file stores it reversed.
+        start: byte offset in the file.
+        heads: number of heads whose rows must be put back in order; 0 if they are in order.
     """
 
     kind: GGMLQuantizationType
@@ -44,28 +45,28 @@ class Placed(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it needs no dequantising."""
+        """Whether the tensor is stored unquantized."""
         return self.kind in _PLAIN
 
     @property
     def spec(self) -> Spec:
-        """What it becomes."""
+        """The dtype and shape after dequantizing."""
         return Spec(_PLAIN.get(self.kind, torch.float32), self.shape)
 
 
 class Header(NamedTuple):
-    """Settings, lists of a tokenizer left out, and tensors."""
+    """The settings, without a tokenizer's lists, and the tensors."""
 
     settings: dict[str, Value]
     tensors: dict[str, Placed]
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, every tensor inside of it.
+    """Read the header of a file, and check that every tensor lies inside of it.
 
     Raises:
-        ConfigError: the file cannot be read, is not GGUF, damaged or cut short, or has a type that cannot be
-            dequantised.
+        ConfigError: if the file cannot be read, is not GGUF, is damaged or truncated, or has a type that cannot be
+            dequantized.
     """
     try:
         if not path.is_file():
@@ -86,13 +87,13 @@ def read_header(path: Path) -> Header:
 
 
 def shortest(value: float) -> float:
-    """The decimal number that a float32 was made from, as far as 7 digits say it."""
+    """Return the shortest decimal number, of up to 7 digits, that rounds to this float32."""
     short = float(f"{value:.7g}")
     return short if np.float32(short) == np.float32(value) else value
 
 
 class _Reader(GGUFReader):
-    """The library's reader, held inside of the file."""
+    """The library's reader, with bounds checks."""
 
     def _get(
         self, offset: int, dtype: npt.DTypeLike, count: int = 1,
@@ -118,13 +119,13 @@ class _Reader(GGUFReader):
             while count and end < len(data):
                 end += 8 + int.from_bytes(data[end : end + 8], "little")
                 count -= 1
-            end += 8 * count  # of items past the end
+            end += 8 * count  # items past the end
         self._get(orig_offs, np.uint8, end - orig_offs)
         return end - orig_offs, [], [], [GGUFValueType.ARRAY]
 
 
 def _read(path: Path) -> Header:
-    with np.errstate(over="ignore"):  # a place that wraps around is found below
+    with np.errstate(over="ignore"):  # offsets that wrap around are caught below
         reader = _Reader(path)
     tensors = {}
     for each in reader.tensors:
@@ -140,7 +141,7 @@ def _read(path: Path) -> Header:
 def _value(field: ReaderField) -> Value:
     kind, last = field.types[0], field.parts[-1]
     if kind == GGUFValueType.ARRAY:
-        return []  # that there is one
+        return []  # only its presence matters
     if kind == GGUFValueType.STRING:
         return bytes(last).decode()
     value: bool | int | float = last[0].item()
@@ -148,7 +149,7 @@ def _value(field: ReaderField) -> Value:
 
 
 def _check_readable(path: Path, name: str, kind: GGMLQuantizationType) -> None:
-    """Raise ConfigError if the library cannot dequantise a type; it is tried on one block."""
+    """Raise ConfigError if the library cannot dequantize this type, by trying it on one block."""
     try:
         quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:

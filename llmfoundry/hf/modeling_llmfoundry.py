@@ -1,9 +1,9 @@
-"""LLMFoundryForCausalLM: a decoder whose config.json has the words of the YAML that it was trained with.
+"""LLMFoundryForCausalLM: a decoder whose config.json uses the keys of the YAML that it was trained with.
 
-This file stands beside the weights that it runs. It needs torch and transformers alone:
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). Plain operations, for any device.
-Shapes: B rows, S new tokens, P all tokens so far, D d_model, H query heads, G key-value heads, C head size, T = B*S,
-E experts, K experts per token, F hidden size.
+This file is saved beside the weights. It needs only torch and transformers:
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). Plain PyTorch operations, for any device.
+Shapes: B rows, S new tokens, P all tokens so far, D d_model, H query heads, G key-value heads, C head size, T = B*S, E
+experts, K experts per token, F hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LLMFoundryConfig(PretrainedConfig):
-    """config.json; every key that is not transformers' own is one of the YAML's `model`."""
+    """The model's config; every key that is not transformers' own is a key of `model` in the YAML."""
 
     model_type = "llmfoundry"
     attribute_map = {  # noqa: RUF012  as in transformers
@@ -50,7 +50,7 @@ def _norm(said: Settings, size: int) -> nn.Module:
 
 
 class Activation:
-    """`act(h)`, or of a gated block `act(gate) * up` with `h = [gate; up]`; in float32."""
+    """`act(h)`, or `act(gate) * up` with `h = [gate; up]` if gated; gated blocks compute in float32."""
 
     def __init__(self, ffn: Settings, gated: bool, limit: float | None = None) -> None:
         act = ffn["ffn_act_fn"]
@@ -84,7 +84,7 @@ class Dense(nn.Module):
 
 
 class Router(nn.Module):
-    """Each token's K experts, and the weights of their outputs; in float32."""
+    """Selects each token's K experts and the weights of their outputs; computes in float32."""
 
     def __init__(self, said: Settings, ffn: Settings) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts' weights, stacked."""
+    """The stacked weights of all experts."""
 
     def __init__(self, said: Settings, ffn: Settings) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture of experts, with a shared expert beside them if the config has one."""
+    """A mixture of experts, with an optional shared expert."""
 
     def __init__(self, said: Settings, ffn: Settings) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class MoE(nn.Module):
 
 
 def _ffn(said: Settings, layer: int) -> nn.Module:
-    """The feed-forward block of a layer."""
+    """Build the feed-forward block of a layer."""
     ffn = said["ffn_config"]
     if "moe_num_experts" not in ffn:
         return Dense(said, ffn, ffn["ffn_hidden_size"], ffn["ffn_type"] in ("mptglu", "glu"))
@@ -175,7 +175,7 @@ def _ffn(said: Settings, layer: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """H query heads over G key-value heads."""
+    """Grouped-query attention: H query heads over G key-value heads."""
 
     def __init__(self, said: Settings, layer: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if attn["sinks"] else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor, cache: Any) -> Tensor:
-        """(B, S, D) -> (B, S, D); `bias` is added to the scores, and minus infinity hides a key."""
+        """(B, S, D) -> (B, S, D). `bias` is added to the scores; the lowest number masks a key."""
         attn, clip = self.attn, self.attn["clip_qkv"]
         qkv = self.wqkv(x)
         if clip is not None and not attn["clip_qkv_after_norm"]:
@@ -230,14 +230,14 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, S, H, C) by (S, 1, C / 2)."""
+    """Rotate x (B, S, H, C) by cos and sin (S, 1, C / 2)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     one, two = x.to(dtype).chunk(2, dim=-1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1).to(x.dtype)
 
 
 def _rope(said: Settings, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of these positions, (S, 1, C / 2) each."""
+    """Return the cosines and sines of these positions, (S, 1, C / 2) each."""
     attn = said["attn_config"]
     theta, dim, scaling = (
         attn["rope_theta"],
@@ -252,7 +252,7 @@ def _rope(said: Settings, positions: Tensor) -> tuple[Tensor, Tensor]:
         low, high, length = (
             scaling[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         )
-        turns = length * inv_freq / (2 * math.pi)  # over the original length
+        turns = length * inv_freq / (2 * math.pi)  # rotations over the original length
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         inv_freq = (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
     elif kind == "yarn":
@@ -262,7 +262,7 @@ def _rope(said: Settings, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _yarn(scaling: Settings, theta: float, dim: int, wavelength: Tensor) -> tuple[Tensor, float]:
-    """Frequencies (C / 2,), and the factor on cosines and sines (Peng et al. 2023, arXiv:2309.00071)."""
+    """Return the frequencies (C / 2,) and the attention factor (Peng et al. 2023, arXiv:2309.00071)."""
     factor, length = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = (
         dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -286,7 +286,7 @@ def _yarn(scaling: Settings, theta: float, dim: int, wavelength: Tensor) -> tupl
 
 
 class Block(nn.Module):
-    """x + attn(norm_1(x)), then x + ffn(norm_2(x))."""
+    """A pre-norm block: x + attn(norm_1(x)), then x + ffn(norm_2(x))."""
 
     def __init__(self, said: Settings, layer: int) -> None:
         super().__init__()
@@ -300,12 +300,12 @@ class Block(nn.Module):
 
 
 class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
-    """The decoder with its output head."""
+    """The decoder with its language-modeling head."""
 
     config_class = LLMFoundryConfig
     base_model_prefix = ""
     _no_split_modules = ["Block"]  # noqa: RUF012  as in transformers
-    accepts_loss_kwargs = False  # the loss is the mean over this batch's labels
+    accepts_loss_kwargs = False  # the loss is the mean over the labels of this batch
 
     def __init__(self, config: LLMFoundryConfig) -> None:
         super().__init__(config)
@@ -314,17 +314,17 @@ class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         self.wpe = nn.Embedding(said["max_seq_len"], said["d_model"]) if said["learned_pos_emb"] else None
         self.blocks = nn.ModuleList(Block(said, layer) for layer in range(said["n_layers"]))
         self.norm_f = _norm(said, said["d_model"])
-        # A tied head has no module: it reads the embedding.
+        # A tied head has no module of its own; it uses the embedding's weight.
         tied = said.get("tie_word_embeddings", True)
         self.lm_head = None if tied else nn.Linear(said["d_model"], said["vocab_size"], bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the embedding."""
         return self.wte
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head, if it is not the embedding."""
+        """Return the head, or None if it is tied to the embedding."""
         return self.lm_head
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -347,16 +347,16 @@ class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and with labels the mean loss; arguments as in transformers.
+        """Return the logits and, given labels, the mean loss. Arguments are as in transformers.
 
         Args:
-            attention_mask: (B, P) 1 where there is a token, 0 where there is padding.
-            position_ids: (B, S), used by learned positions alone: others know only differences.
-            past_key_values: earlier keys and values; `cache` is its name since transformers 5.20.
-            others: what some versions of `generate` add, and other settings that are off.
+            attention_mask: (B, P), 1 for tokens and 0 for padding.
+            position_ids: (B, S), used only by learned positions: RoPE and ALiBi depend only on differences.
+            past_key_values: earlier keys and values; renamed to `cache` in transformers 5.20.
+            others: arguments that some versions of `generate` add, and settings that are off.
 
         Raises:
-            ValueError: a setting that would change what is returned.
+            ValueError: if an argument would change what is returned.
         """
         for key, value in others.items():
             if key not in ("cache_position", "return_dict") and value is not None and value is not False:
@@ -390,12 +390,12 @@ class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
     def _window(self, layer: int) -> int:
-        """Earlier tokens that a token of this layer sees; -1: all."""
+        """Return how many earlier tokens a token of this layer attends to; -1: all."""
         pattern = self.said["attn_window_pattern"]
         return pattern[layer % len(pattern)] if pattern else self.said["attn_config"]["sliding_window_size"]
 
     def _bias(self, window: int, positions: Tensor, padding: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores: (B or 1, H or 1, S, P), the lowest number where a key is hidden."""
+        """Return the attention bias, (B or 1, H or 1, S, P), with the lowest number where a key is masked."""
         attn, dtype = self.said["attn_config"], torch.promote_types(dtype, torch.float32)
         i, j = positions[:, None], torch.arange(int(positions[-1]) + 1, device=positions.device)
         seen = (j <= i)[None, None]
@@ -412,5 +412,5 @@ class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             if power != n_heads:
                 slopes = torch.cat((slopes[1::2], slopes[::2]))[:n_heads]
             bias = slopes[:, None, None] * (j - i)  # (H, S, P)
-        # Not minus infinity: a row of padding would become nan.
+        # Not -inf: a row of padding would become NaN.
         return torch.where(seen, bias.to(dtype), torch.finfo(dtype).min)

@@ -1,8 +1,8 @@
-"""A causal model of `transformers` as it is: what our own model cannot express is trained as the module itself.
+"""Trains `transformers` causal language models unchanged, for architectures that llmfoundry's own model cannot express.
 
-Any architecture that `AutoModelForCausalLM` builds from a config.json, without code from a checkpoint: under our
-trainer, FSDP2, checkpoints, adapters and exports. It has no experts of ours: no Triton kernels, no expert parallelism,
-no balance loss, and no documents kept apart within a row.
+Works for any architecture that `AutoModelForCausalLM` builds from a config.json without remote code, with the same
+trainer, FSDP2, checkpoints, adapters and exports. Such a model does not use llmfoundry's MoE layer: there are no Triton
+expert kernels, no expert parallelism and no balance loss. Documents within a row are not masked from each other.
 
 Shapes: B rows, S sequence, V vocab.
 """
@@ -32,16 +32,16 @@ from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.lora import add_adapters
 from llmfoundry.model.transformer import AdapterParams, Cache, CausalLM, CausalLMConfig, Output
 
-PREFIX = "module."  # of its parameters' names in ours
-# Of a config.json: what says nothing of the model.
+PREFIX = "module."  # of its parameter names in an llmfoundry state dict
+# Keys of config.json that do not describe the model.
 _NO_SETTINGS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "auto_map"}
 
 
 class TransformersConfig(CausalLMConfig, names=("transformers",)):
-    """A model by its config.json; of our own model's keys only those of adapters and initial weights remain."""
+    """A model given by its config.json. Of the usual model keys, only those of adapters and initial weights apply."""
 
-    hf_config: dict[str, object]  # the settings of config.json, with model_type
-    d_model: int = Field(default=1, exclude=True)  # this and the next: read from hf_config
+    hf_config: dict[str, object]  # the contents of config.json, with model_type
+    d_model: int = Field(default=1, exclude=True)  # this and the sizes below are read from hf_config
     n_heads: int = Field(default=1, exclude=True)
     n_layers: int = Field(default=1, exclude=True)
     vocab_size: int = Field(default=1, exclude=True)
@@ -59,7 +59,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
     @model_validator(mode="before")
     @classmethod
     def _sizes(cls, data: object) -> object:
-        """Take the sizes that other parts ask for from the settings."""
+        """Fill in the sizes that other components need from `hf_config`."""
         if not isinstance(data, dict) or not isinstance(data.get("hf_config"), dict):
             return data
         theirs = _theirs(data["hf_config"]).get_text_config()
@@ -76,7 +76,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
     @property
     def has_learned_positions(self) -> bool:
-        """Unknown, so that no text is read beyond `max_seq_len`."""
+        """True, because it is unknown: no text longer than `max_seq_len` is accepted."""
         return True
 
     def window(self, layer: int) -> int:
@@ -86,14 +86,14 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
         return sum(parameter.numel() for parameter in self._on_meta().parameters())
 
     def n_active_params(self) -> int:
-        """Of its own mixtures, all experts count: which of them are active is not known here."""
+        """Count all parameters: which experts of a `transformers` model are active is not known here."""
         return self.n_params()
 
     def n_trainable_params(self) -> int:
         return sum(parameter.numel() for parameter in self._on_meta().parameters() if parameter.requires_grad)
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
-        """6 per parameter but those of an untied embedding, without attention's scores."""
+        """Return 6 per parameter, excluding an untied embedding and attention scores."""
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.d_model
         return 6.0 * (self.n_params() - looked_up)
 
@@ -113,25 +113,25 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
 
 class _TiedHead(nn.Module):
-    """A head that reads the embedding's weight and has no weight of its own, so that each weight has one name."""
+    """A head that uses the embedding's weight and has no parameter of its own, so that each weight has one name."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
-        self.__dict__["embedding"] = embedding  # not a child
+        self.__dict__["embedding"] = embedding  # not registered as a submodule
 
     @property
     def weight(self) -> Tensor:
         return cast(Tensor, self.__dict__["embedding"].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) to logits (B, S, V)."""
+        """Compute logits (B, S, V) from (B, S, D)."""
         return F.linear(x, self.weight)
 
 
 class TransformersLM(CausalLM):
-    """The module of `transformers` with the forward of our models."""
+    """A `transformers` module with the forward signature of `CausalLM`."""
 
-    own_blocks = False  # compiled blocks and the planner know those of our model alone
+    own_blocks = False  # compiled blocks and the planner only support llmfoundry's own model
 
     def __init__(self, config: TransformersConfig) -> None:
         nn.Module.__init__(self)
@@ -143,7 +143,7 @@ class TransformersLM(CausalLM):
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        """The decoder's layers: the longest list of modules."""
+        """The decoder layers: the longest ModuleList."""
         lists = [part for part in self.module.modules() if isinstance(part, nn.ModuleList)]
         return max(lists, key=len)
 
@@ -159,7 +159,7 @@ class TransformersLM(CausalLM):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        """Initialise what is not a matrix, as `transformers` does: norms, angles of rotation, scales."""
+        """Initialize everything that is not a matrix, as `transformers` does: norms, RoPE frequencies, scales."""
         for part in self.module.modules():
             has_matrix = any(parameter.dim() >= 2 for parameter in part.parameters(recurse=False))
             if not has_matrix or any(True for _ in part.buffers(recurse=False)):
@@ -178,7 +178,7 @@ class TransformersLM(CausalLM):
         by_token: bool = False,
         at: Tensor | None = None,
     ) -> Output:
-        """As that of `CausalLM`; sequence_ids and keys have no effect."""
+        """As `CausalLM.forward`; `sequence_ids` and `keys` are ignored."""
         past = None
         if cache is not None:
             past = cache.theirs = cache.theirs or DynamicCache()
@@ -198,7 +198,7 @@ class TransformersLM(CausalLM):
 
 
 class AsItIs(Family):
-    """The family of one such model: its tensors stand under their own names."""
+    """The family of one such model: its tensors keep their names."""
 
     sizes = {"n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings"}  # noqa: RUF012
     prefix = ""
@@ -222,7 +222,7 @@ class AsItIs(Family):
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """All but buffers that the module computes."""
+        """Return all names except buffers, which the module computes."""
         return {name for name in names if re.fullmatch(self.buffers, name) is None}
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
@@ -240,21 +240,21 @@ class AsItIs(Family):
 
 
 def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
-    """From the names of a module's parameters to those in its files, where `transformers` has renamed them since."""
+    """Return a function from a module's parameter names to the names in its files, which may be older ones."""
     renamed = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
     back = [cast(WeightRenaming, each.reverse_transform()) for each in reversed(renamed)]
     return lambda name: rename_source_key(name, back, [], reverse=True)[0]
 
 
 def is_stored_otherwise(settings: Mapping[str, object]) -> bool:
-    """Whether the files of a model hold its tensors in another form than the module, e.g. experts apart."""
+    """Return whether the files store tensors in another form than the module, e.g. experts separately."""
     with torch.device("meta"):
         mapping = get_model_conversion_mapping(_built(dict(settings)))
     return any(not isinstance(each, WeightRenaming) for each in mapping)
 
 
 def is_known(model_type: object) -> bool:
-    """Whether `transformers` has a causal model of this type."""
+    """Return whether `transformers` has a causal language model of this type."""
     return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 

@@ -1,9 +1,9 @@
-"""The rule engine: where each block of our tensors stands in the tensors of another framework.
+"""The rule engine: maps blocks of llmfoundry tensors to blocks of another framework's tensors.
 
-A `Piece` equates one block of a tensor of ours with one block of a tensor of theirs. An axis of the block runs along
-some dim of either tensor, from some index, by some step; so a piece can stack, concatenate, interleave and transpose.
-Pieces tile the tensors of both sides exactly. That makes them an invertible map, and the same pieces serve reading,
-writing, and reading just the part that a rank holds: cut them to the box that is wanted, and copy.
+A `Piece` equates a block of an llmfoundry tensor with a block of a Hugging Face tensor. Each axis of the block runs
+along some dim of either tensor, from a start index and with a step; so a piece can stack, concatenate, interleave and
+transpose. The pieces tile the tensors of both sides exactly. They therefore form an invertible map, which serves
+reading, writing, and reading only the part that a rank holds: intersect the pieces with the wanted box, and copy.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from torch import Tensor
 
 from llmfoundry.dtensor import LocalShard
 
-ROWS_AT_A_TIME = 2**14  # of a matrix whose mean is taken
+ROWS_AT_A_TIME = 2**14  # when averaging a matrix
 
-Index = int | slice  # a slice with a step on their side, without one on ours
+Index = int | slice  # slices may have a step on the Hugging Face side, but not on the llmfoundry side
 
 
 class Spec(NamedTuple):
-    """What a tensor is, its values aside."""
+    """The dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Part(NamedTuple):
-    """A box of a tensor, and its values."""
+    """A box of a tensor, with its values."""
 
     offsets: tuple[int, ...]  # of the box in the tensor
     values: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the box."""
+        """The shape of the box."""
         return tuple(self.values.shape)
 
     def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
-        """Itself: it is in memory."""
+        """Yield itself, since it is in memory."""
         yield self
 
 
 class Kept(Protocol):
-    """A box of a tensor, wherever its values are."""
+    """A box of a tensor, wherever its values are stored."""
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Of the box in the tensor."""
+        """The offsets of the box in the tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the box."""
+        """The shape of the box."""
 
     def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
-        """A smaller box of the tensor, brought into memory part by part; what lies near may come along."""
+        """Yield a smaller box of the tensor, read in parts; they may include neighboring values."""
 
 
 class TensorSource(Protocol):
@@ -71,11 +71,11 @@ class TensorSource(Protocol):
     specs: Mapping[str, Spec]
 
     def parts(self, name: str) -> Iterable[Kept]:
-        """The boxes that a tensor is kept in; together they are all of it."""
+        """Return the boxes that store a tensor; together they cover it."""
 
 
 class Axis(NamedTuple):
-    """Along what an axis of a block runs in a tensor."""
+    """The dim, start and step of a block's axis in a tensor."""
 
     dim: int
     start: int
@@ -83,7 +83,7 @@ class Axis(NamedTuple):
 
 
 class Side(NamedTuple):
-    """A block as one of the two tensors has it."""
+    """The position of a block in one of the two tensors."""
 
     name: str
     axes: tuple[Axis, ...]  # one for each axis of the block, in the block's order
@@ -106,11 +106,11 @@ class Copy(NamedTuple):
     source: Side
 
     def to_box(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Copy | None:
-        """The part of it that a box of the target takes; None if there is none."""
+        """Return the part that writes to a box of the target; None if there is none."""
         return self._cut(_inside(self.target, self.sizes, offsets, shape))
 
     def from_box(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Copy | None:
-        """The part of it that a box of the source gives."""
+        """Return the part that reads from a box of the source; None if there is none."""
         return self._cut(_inside(self.source, self.sizes, offsets, shape))
 
     def _cut(self, ranges: list[range] | None) -> Copy | None:
@@ -126,7 +126,7 @@ class Copy(NamedTuple):
 
 
 def _inside(side: Side, sizes: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> list[range] | None:
-    """Which of a block's indices lie in a box of the tensor, an axis each; None if none do."""
+    """Return the range of block indices that lie in a box of the tensor, one per axis; None if there are none."""
     if any(not offsets[dim] <= index < offsets[dim] + shape[dim] for dim, index in side.fixed):
         return None
     ranges = []
@@ -141,7 +141,7 @@ def _inside(side: Side, sizes: tuple[int, ...], offsets: tuple[int, ...], shape:
 
 
 def _view(tensor: Tensor, side: Side, sizes: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
-    """The block in a tensor that begins at `offsets` of the whole; dims in the block's order."""
+    """Return the block as a view of a tensor that starts at `offsets` of the whole; dims are in the block's order."""
     index: list[Index] = [0] * tensor.dim()
     for dim, at in side.fixed:
         index[dim] = at - offsets[dim]
@@ -155,15 +155,15 @@ def _view(tensor: Tensor, side: Side, sizes: tuple[int, ...], offsets: tuple[int
 def runs(
     offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...], limit: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut a box of a tensor to boxes whose values lie side by side, in their order in memory.
+    """Split a box of a tensor into boxes that are contiguous in memory, in memory order.
 
     Args:
         whole: the tensor's shape.
-        limit: values in a box, at most.
+        limit: maximum number of values in a box.
 
     Yields:
-        Offsets and shapes. Where the box takes a part of short rows, they are whole rows: reading on is faster than
-        skipping.
+        Offsets and shapes. If the box takes a part of short rows, whole rows are returned: reading is faster than
+        seeking.
     """
     if not whole:
         yield (), ()
@@ -180,7 +180,7 @@ def runs(
 
 
 def _bounds(side: Side, sizes: tuple[int, ...], n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The smallest box of a tensor that has a block in it."""
+    """Return the smallest box of a tensor that contains a block."""
     offsets, shape = [0] * n_dims, [1] * n_dims
     for dim, index in side.fixed:
         offsets[dim] = index
@@ -191,12 +191,13 @@ def _bounds(side: Side, sizes: tuple[int, ...], n_dims: int) -> tuple[tuple[int,
 
 @torch.no_grad()
 def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: TensorSource) -> None:
-    """Fill a box of a tensor, reading no more than what it takes.
+    """Fill a box of a tensor, reading no more than necessary.
 
     Args:
-        out: the box, any device and dtype; may be empty.
+        out: the box, on any device and of any dtype; may be empty.
         offsets: of the box in the whole tensor.
-        copies: all that lead to that tensor.
+        copies: all copies whose target is that tensor.
+        source: the tensors to read from.
     """
     if out.numel() == 0:
         return
@@ -217,12 +218,13 @@ def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: 
 
 @torch.no_grad()
 def fill_grown(out: LocalShard, copies: Iterable[Copy], source: TensorSource, n_rows: int) -> None:
-    """Fill this rank's part of a matrix that has more rows than its source: the new ones are the mean of the others.
+    """Fill this rank's part of a matrix that has more rows than its source; new rows are the mean of the stored ones.
 
     Args:
-        out: its part of an (N, D) matrix.
-        copies: what leads to the first rows.
-        n_rows: how many those are, below N.
+        out: this rank's part of the (N, D) matrix.
+        copies: the copies that fill the first rows.
+        source: the tensors to read from.
+        n_rows: the number of stored rows, less than N.
     """
     copies, (first, column) = list(copies), out.offsets
     rows, columns = out.local.shape
@@ -240,18 +242,18 @@ def fill_grown(out: LocalShard, copies: Iterable[Copy], source: TensorSource, n_
 
 
 def box_of(tensor: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """A view of a box of a tensor."""
+    """Return a view of a box of a tensor."""
     return tensor[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
 
 
 def values_of(parts: Iterable[Kept]) -> Iterator[Part]:
-    """All of a tensor, brought into memory part by part."""
+    """Yield all values of a tensor, part by part."""
     for kept in parts:
         yield from kept.blocks(kept.offsets, kept.shape)
 
 
 def whole_of(spec: Spec, parts: Iterable[Kept]) -> Tensor:
-    """A tensor in memory."""
+    """Read a whole tensor into memory."""
     whole = torch.empty(spec.shape, dtype=spec.dtype)
     for part in values_of(parts):
         box_of(whole, part.offsets, part.shape).copy_(part.values)
@@ -259,19 +261,19 @@ def whole_of(spec: Spec, parts: Iterable[Kept]) -> Tensor:
 
 
 class Pieces:
-    """The pieces between a model of ours and one of theirs. A family adds them (`add`), one call a block.
+    """The pieces between an llmfoundry model and a Hugging Face model. A family calls `add` for each block.
 
     Args:
-        shapes: of our tensors.
+        shapes: of the llmfoundry tensors.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.pieces: list[Piece] = []
-        self.left: dict[str, int] = {}  # rows by tensor of theirs, see `leave`
+        self.left: dict[str, int] = {}  # unused rows by Hugging Face tensor, see `leave`
 
     def leave(self, theirs: str, rows: int) -> None:
-        """Say that the first rows of a matrix of theirs mean nothing here: unread, and written as zeros."""
+        """Mark the first rows of a Hugging Face matrix as unused: they are not read, and written as zeros."""
         self.left[theirs] = rows
 
     def add(
@@ -282,14 +284,16 @@ class Pieces:
         there: tuple[slice, ...] = (),
         transposed: bool = False,
     ) -> None:
-        """Equate a block of ours with one of theirs.
+        """Equate a block of an llmfoundry tensor with a block of a Hugging Face tensor.
 
         Args:
-            ours: name of our tensor.
-            theirs: name of theirs.
-            at: our block, a dim each: an index, whose dim theirs has not, or a slice; dims left out are whole.
-            there: where each dim of their block starts, and by what step it goes on; dims left out: at 0, by 1.
-            transposed: their last two dims are ours swapped.
+            ours: name of the llmfoundry tensor.
+            theirs: name of the Hugging Face tensor.
+            at: the block in the llmfoundry tensor, an index or slice per dim. The Hugging Face tensor lacks indexed
+                dims. Omitted dims are taken whole.
+            there: a slice with the start and step of the block per Hugging Face dim; omitted dims start at 0 with step
+                1.
+            transposed: whether the last two dims of the Hugging Face tensor are swapped.
         """
         shape = self.shapes[ours]
         whole: tuple[Index, ...] = at + (slice(None),) * (len(shape) - len(at))
@@ -312,28 +316,28 @@ class Pieces:
 
     @classmethod
     def identity(cls, specs: Mapping[str, Spec]) -> dict[str, list[Copy]]:
-        """`reading` of a source whose tensors are ours."""
+        """Return the copies for a source that already has llmfoundry's names and shapes."""
         pieces = cls({name: spec.shape for name, spec in specs.items()})
         for name in specs:
             pieces.add(name, name)
         return pieces.reading()
 
     def reading(self) -> dict[str, list[Copy]]:
-        """What leads to each of our tensors."""
+        """Return the copies that fill each llmfoundry tensor."""
         copies: dict[str, list[Copy]] = {}
         for piece in self.pieces:
             copies.setdefault(piece.ours.name, []).append(Copy(piece.sizes, piece.ours, piece.theirs))
         return copies
 
     def writing(self) -> dict[str, list[Copy]]:
-        """What leads to each of their tensors."""
+        """Return the copies that fill each Hugging Face tensor."""
         copies: dict[str, list[Copy]] = {}
         for piece in self.pieces:
             copies.setdefault(piece.theirs.name, []).append(Copy(piece.sizes, piece.theirs, piece.ours))
         return copies
 
     def their_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Their tensors: as large as the pieces in them reach."""
+        """Return the shapes of the Hugging Face tensors, as implied by the pieces."""
         shapes: dict[str, list[int]] = {}
         for piece in self.pieces:
             shape = shapes.setdefault(piece.theirs.name, [0] * len(piece.theirs.axes))
@@ -342,7 +346,7 @@ class Pieces:
         return {name: tuple(shape) for name, shape in shapes.items()}
 
     def check(self) -> None:
-        """Assert that the values of both sides are as many as the pieces have: none is left out or comes twice."""
+        """Assert that the pieces cover as many values as the tensors of each side have."""
         nothing: dict[str, int] = {}
         for copies, shapes, left in (
             (self.reading(), self.shapes, nothing),

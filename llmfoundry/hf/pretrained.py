@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints as models of ours, and ours as theirs.
+"""Loads Hugging Face checkpoints into llmfoundry models, and saves llmfoundry models as Hugging Face checkpoints.
 
-A checkpoint is opened without reading a weight: its config says the family, the family says which tensors there must
-be and where their blocks stand in ours, and the headers say whether they are there. Only then are values read, by each
-rank just those that it holds.
+Opening a checkpoint reads no weights: its config determines the family, the family determines which tensors must exist
+and how their blocks map to llmfoundry tensors, and the file headers show whether they are there. Only then are values
+read, and each rank reads only those that it holds.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-VOCABULARY = ("wte.weight", "lm_head.weight")  # ours with a row for each token
-SHARD_BYTES = 5 * 10**9  # of a written file, at most
+VOCABULARY = ("wte.weight", "lm_head.weight")  # the llmfoundry tensors with one row per token
+SHARD_BYTES = 5 * 10**9  # maximum size of a written file
 
-Progress = Callable[[int], AbstractContextManager[Advance]]  # told of the bytes to come, then of those done
+Progress = Callable[[int], AbstractContextManager[Advance]]  # (bytes in total) -> context manager
 
 
 def _silent(total: int) -> AbstractContextManager[Advance]:
@@ -54,12 +54,12 @@ def _silent(total: int) -> AbstractContextManager[Advance]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint whose every tensor has its place in a model of ours.
+    """A Hugging Face checkpoint whose tensors all have a place in an llmfoundry model.
 
     Attributes:
-        copies: what leads to each of our tensors.
-        dtype: of most of the weights.
-        generation: its generation_config.json.
+        copies: the copies that fill each llmfoundry tensor.
+        dtype: the dtype of most of the weights, by bytes.
+        generation: the text of generation_config.json.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class Checkpoint:
     generation: str | None = None
 
     def our_specs(self) -> dict[str, Spec]:
-        """Our tensors, each in the dtype of theirs that it is made from."""
+        """Return the specs of the llmfoundry tensors, each with the dtype of its Hugging Face tensor."""
         return {
             name: Spec(self.source.specs[self.copies[name][0].source.name].dtype, shape)
             for name, shape in our_shapes(self.config).items()
@@ -79,22 +79,22 @@ class Checkpoint:
 
 
 class Loaded(NamedTuple):
-    """A model of ours, and its tokenizer if the checkpoint has one."""
+    """An llmfoundry model, and its tokenizer if the checkpoint has one."""
 
     model: CausalLM
     tokenizer: PreTrainedTokenizerBase | None
 
 
 def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
-    """The folder of a checkpoint: a local one, or that of a hub id, downloaded at first use.
+    """Return the folder of a checkpoint: a local path, or a hub id, which is downloaded on first use.
 
-    Only weights, JSON and tokenizers are fetched: no code, no pickles.
+    Only weights, JSON files and tokenizer files are downloaded: no code, no pickles.
 
     Args:
-        settings_only: of a hub id, fetch config.json alone.
+        settings_only: for a hub id, download only config.json.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: if it is neither a folder nor a hub id that can be downloaded.
     """
     path = Path(path_or_id)
     if path.is_dir():
@@ -115,14 +115,14 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
 
 
 def our_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model, adapters left out."""
+    """Return the shapes of a model's tensors, without adapters."""
     with torch.device("meta"):
         state = config.model_copy(update={"lora": None}).build().state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
-    """Where each block of a model of ours stands in one of theirs."""
+    """Return the mapping between an llmfoundry model and a Hugging Face model."""
     pieces = Pieces(our_shapes(config))
     family.add_pieces(config, pieces, layout)
     pieces.check()
@@ -130,16 +130,16 @@ def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
 
 
 def open_checkpoint(path_or_id: str | Path, once: bool = False, as_it_is: bool = False) -> Checkpoint:
-    """Open a checkpoint; weights are read later.
+    """Open a checkpoint without reading its weights.
 
     Args:
         path_or_id: a folder, a GGUF file or a hub id.
-        once: each tensor will be read but once, and by this process alone.
-        as_it_is: as the module of `transformers`, also where our model could express it.
+        once: each tensor will be read only once, by this process alone.
+        as_it_is: use the `transformers` module, even if llmfoundry can express the model.
 
     Raises:
-        ConfigError: a file is missing, damaged or points outside; the model or a setting is not supported; a tensor is
-            missing, left over or of another shape.
+        ConfigError: if a file is missing, damaged or outside of the folder; if the model or a setting is not supported;
+            or if a tensor is missing, unexpected or of the wrong shape.
     """
     if str(path_or_id).endswith(".gguf"):
         file = GGUFFile(Path(path_or_id))
@@ -154,10 +154,10 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False, as_it_is: bool =
 
 
 def read_settings(folder: Path) -> ConfigDict:
-    """The config.json of a folder.
+    """Return the config.json of a folder.
 
     Raises:
-        ConfigError: it is missing, or does not hold a mapping.
+        ConfigError: if it is missing, or is not a JSON object.
     """
     config_file = folder / "config.json"
     try:
@@ -171,15 +171,15 @@ def read_settings(folder: Path) -> ConfigDict:
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
-    """A checkpoint, once its tensors are found to be those that the family expects.
+    """Match the tensors of a checkpoint against those that the family expects.
 
     Raises:
-        ConfigError: a tensor is missing, left over or of another shape.
+        ConfigError: if a tensor is missing, unexpected or of the wrong shape.
     """
     source = _with_prefix(folder, family)
     _check_counts(path, config, source.specs)
     found = family.weights(source.specs, config)
-    if config.tie_word_embeddings and family.head in found:  # some writers repeat the embedding under this name
+    if config.tie_word_embeddings and family.head in found:  # some writers store the embedding under this name too
         found.discard(family.head)
         _check_same(path, source, family.head, family.embedding)
     layout = family.layout_of(source.specs)
@@ -207,10 +207,10 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSo
 
 
 def _check_counts(path: Path, config: CausalLMConfig, specs: Mapping[str, Spec]) -> None:
-    """Refuse numbers that the files cannot hold, before anything of that size is built."""
+    """Reject layer and expert counts that the files cannot hold, before anything of that size is built."""
     ffn = config.ffn(config.n_layers - 1)
     n_experts = ffn.moe_num_experts if isinstance(ffn, MoEConfig) else 0
-    largest = max((max(spec.shape, default=0) for spec in specs.values()), default=0)  # where experts are stacked
+    largest = max((max(spec.shape, default=0) for spec in specs.values()), default=0)  # if experts are stacked
     if config.n_layers > len(specs) or n_experts > max(len(specs), largest):
         raise ConfigError(
             f"{path}: config.json says {config.n_layers} layers and {n_experts} experts, and the files hold "
@@ -219,18 +219,19 @@ def _check_counts(path: Path, config: CausalLMConfig, specs: Mapping[str, Spec])
 
 
 def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str] = ()) -> None:
-    """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
+    """Load the weights of a checkpoint into a model. Each rank of a sharded model reads only what it holds.
 
-    Values are converted to the dtype of the model. Adapters (`lora`) are left as they are. A larger vocabulary than the
-    checkpoint's is allowed: its new rows are the mean of the others.
+    Values are converted to the model's dtype. Adapters (`lora`) are left unchanged. The model's vocabulary may be
+    larger than the checkpoint's: the new rows are the mean of the others.
 
     Args:
-        model: materialised, on any device and mesh.
-        allow: settings, or blocks of them, in which the model may differ from the checkpoint, e.g.
+        model: materialized, on any device and mesh.
+        path_or_id: a folder, a GGUF file or a hub id.
+        allow: settings, or blocks of settings, in which the model may differ from the checkpoint, e.g.
             `model.attn_config.rope_theta`.
 
     Raises:
-        ConfigError: as `open_checkpoint`, or the model is another one; nothing has changed then.
+        ConfigError: as `open_checkpoint`, or if the model does not match the checkpoint. The model is then unchanged.
     """
     checkpoint = open_checkpoint(path_or_id, as_it_is=not model.own_blocks)
     stored = checkpoint.config
@@ -256,11 +257,11 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
 
 
 def quantize_from(model: nn.Module, copies: Mapping[str, Iterable[Copy]], source: TensorSource) -> None:
-    """Fill the weights of a model that are kept in NF4, a bounded piece at a time; each rank reads what it keeps.
+    """Fill the weights that a model keeps in NF4, a bounded piece at a time. Each rank reads only what it keeps.
 
     Args:
-        copies: what leads to each of our tensors.
-        source: the values.
+        copies: the copies that fill each llmfoundry tensor.
+        source: the tensors to read from.
     """
     for name, frozen in frozen_weights(model):
         dtype = source.specs[next(iter(copies[name])).source.name].dtype
@@ -274,14 +275,14 @@ def quantize_from(model: nn.Module, copies: Mapping[str, Iterable[Copy]], source
 def from_pretrained(
     path_or_id: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Loaded:
-    """A Hugging Face checkpoint as a model of ours, in evaluation mode, and its tokenizer.
+    """Load a Hugging Face checkpoint as an llmfoundry model in evaluation mode, with its tokenizer.
 
     Args:
-        path_or_id: a folder, or a hub id.
-        dtype: of the weights; None: as they are stored.
+        path_or_id: a folder, a GGUF file or a hub id.
+        dtype: of the weights; None: as stored.
 
     Raises:
-        ConfigError: it cannot be had, is damaged, or is of a kind that is not supported.
+        ConfigError: if the checkpoint cannot be found, is damaged, or is not supported.
     """
     checkpoint = open_checkpoint(path_or_id)
     with torch.device("meta"):
@@ -304,17 +305,17 @@ def save_pretrained(
     generation: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
+    """Write a model as a Hugging Face checkpoint. All ranks of a sharded model must call this; rank 0 writes.
 
     Args:
-        folder: must not exist, or be empty; it appears when it is complete.
-        dtype: of the weights; None: as the model has them.
-        model_type: the family; None: the first that can hold the model.
-        generation: a generation_config.json.
-        optimizer: of a model that is being trained; its state may hold the low halves of weights (kernels/halves.py).
+        folder: must not exist, or be empty. It is created atomically.
+        dtype: of the weights; None: as in the model.
+        model_type: the family to write; None: the first that can represent the model.
+        generation: the text of generation_config.json.
+        optimizer: of a model in training; its state may hold the low halves of weights (kernels/halves.py).
 
     Raises:
-        ConfigError: no family can hold the model, or the folder is in use.
+        ConfigError: if no family can represent the model, or the folder is in use.
     """
     source = _Model(model, optimizer)
     if runtime.is_rank0():
@@ -331,7 +332,7 @@ def save_pretrained(
     pieces = pieces_of(family, model.config, family.layouts[0])
     copies = pieces.writing()
     for name, spec in _their_specs(pieces, source, dtype).items():
-        for offsets, box in boxes(spec):  # what rank 0 asks of all
+        for offsets, box in boxes(spec):  # the same collectives as on rank 0
             fill(torch.empty(box.shape, dtype=box.dtype), offsets, copies[name], source)
 
 
@@ -346,12 +347,15 @@ def write_checkpoint(
     generation: str | None = None,
     progress: Progress = _silent,
 ) -> None:
-    """Write the JSON files and the weights of a model of ours into a folder; they are never in memory as a whole.
+    """Write the JSON files and the weights of an llmfoundry model into a folder, without holding all weights in memory.
 
     Args:
-        source: our tensors.
-        tokenizer: its special tokens count where `generation` names none.
-        generation: a generation_config.json.
+        source: the llmfoundry tensors.
+        dtype: of the weights; None: as in the source.
+        model_type: the family to write; None: the first that can represent the model.
+        tokenizer: provides the special tokens that `generation` does not name.
+        generation: the text of generation_config.json.
+        progress: reports the bytes written.
     """
     family, data = write_config(config, model_type)
     pieces = pieces_of(family, config, family.layouts[0])
@@ -360,7 +364,7 @@ def write_checkpoint(
     dtype_name = str(max(dtypes, key=lambda each: each.itemsize)).removeprefix("torch.")
     said: ConfigDict = {
         "dtype": dtype_name,
-        "torch_dtype": dtype_name,  # the name before `transformers` 4.56
+        "torch_dtype": dtype_name,  # its name before `transformers` 4.56
         "transformers_version": transformers.__version__,
         **special_tokens(generation, tokenizer),
     }
@@ -382,7 +386,7 @@ def write_checkpoint(
 
 
 def _their_specs(pieces: Pieces, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Spec]:
-    """Their tensors, in the dtype of ours that they are made from."""
+    """Return the specs of the Hugging Face tensors. Their dtype defaults to that of the llmfoundry tensors."""
     writing = pieces.writing()
     return {
         name: Spec(dtype or source.specs[writing[name][0].source.name].dtype, shape)
@@ -396,7 +400,7 @@ def _nearest(name: str, known: set[str], what: str) -> str:
 
 
 def _check_same(path: Path, source: TensorSource, head: str, embedding: str) -> None:
-    """Raise ConfigError if a tied model's head is another matrix than its embedding: one of them would be lost."""
+    """Raise ConfigError if a tied model's head differs from its embedding, since one of them would be lost."""
     same = embedding in source.specs and source.specs[head] == source.specs[embedding]
     if same:
         pairs = zip(values_of(source.parts(head)), values_of(source.parts(embedding)), strict=True)
@@ -409,7 +413,7 @@ def _check_same(path: Path, source: TensorSource, head: str, embedding: str) -> 
 
 
 class _Renamed:
-    """A source under other names."""
+    """A source whose tensors are renamed."""
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self._source, self._names = source, names
@@ -420,7 +424,7 @@ class _Renamed:
 
 
 def _with_prefix(source: TensorSource, family: Family) -> TensorSource:
-    """The tensors of a bare decoder under the names that they have in a language model."""
+    """Add the family's prefix to the tensor names of a bare decoder."""
     if not family.prefix or any(name.startswith(family.prefix) for name in source.specs):
         return source
     own = {family.head}
@@ -428,8 +432,10 @@ def _with_prefix(source: TensorSource, family: Family) -> TensorSource:
 
 
 class _Model:
-    """A model's own tensors as a source; those of a sharded one whole, one at a time, on all ranks together. The last
-    one is kept: the next tensor of theirs is often another part of it."""
+    """A model's tensors as a source. Sharded tensors are gathered one at a time, by all ranks together.
+
+    The last one is kept, because the next Hugging Face tensor is often another part of it.
+    """
 
     def __init__(self, model: CausalLM, optimizer: Optimizer | None = None) -> None:
         self._state = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}

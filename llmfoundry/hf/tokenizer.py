@@ -1,4 +1,4 @@
-"""The files of a tokenizer: found, read without running code, copied, and written so that older readers know them."""
+"""Finds, reads, copies and writes tokenizer files, without running code from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmfoundry.hf import gguf
 from llmfoundry.private import is_secret
 from llmfoundry.strict_json import read_mapping
 
-# What makes a tokenizer, as patterns; no code. Named chat templates have a folder of their own.
+# The files of a tokenizer, as glob patterns; no code. Named chat templates have their own folder.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the files of a tokenizer, or write those of a GGUF file's; whether there were any."""
+    """Copy the tokenizer files, or write those of a GGUF file. Returns whether there were any."""
     if source.suffix == ".gguf":
         tokenizer = gguf.tokenizer_of(source)
         if tokenizer is not None:
@@ -38,10 +38,10 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's.
+    """Return the tokenizer in a folder or GGUF file, or None if there is none. Runs no code from the folder.
 
     Raises:
-        ConfigError: it is damaged, or needs code.
+        ConfigError: if it is damaged, or needs custom code.
     """
     if folder.suffix == ".gguf":
         return gguf.tokenizer_of(folder)
@@ -53,9 +53,9 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def name_for_transformers_4(folder: Path) -> None:
-    """Put names that `transformers` 4 knows, and 5 too, into an exported tokenizer_config.json.
+    """Rewrite an exported tokenizer_config.json so that both `transformers` 4 and 5 can read it.
 
-    5 writes a class that 4 does not have, and a list under `extra_special_tokens`, where 4 expects a mapping.
+    Version 5 writes a class that 4 does not have, and a list under `extra_special_tokens`, where 4 expects a mapping.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
@@ -65,7 +65,7 @@ def name_for_transformers_4(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: is not valid JSON: {error}") from None
     for key in [key for key, value in said.items() if is_secret(key) and isinstance(value, str) and value[:1] != "<"]:
-        del said[key]  # what a version that did not know better has written
+        del said[key]  # earlier versions saved secrets
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(said.get("extra_special_tokens"), list):

@@ -1,12 +1,12 @@
-"""A dense model grown into a mixture of experts that computes the same thing, until it is trained.
+"""Turns a dense model into a mixture of experts that initially computes the same function.
 
 Shapes: D d_model, F ffn hidden size, E experts, K top_k, G granularity, f = F / G hidden size of an expert.
 Every expert is a copy of the dense block (Komatsuzaki et al. 2022, arXiv:2212.05055) or, with G > 1, one of its G
-shards: f of its F hidden units. Expert e is shard e % G of copy e // G. The shards of a copy begin with one router row
-between them, so a token that takes a copy takes all of its shards ("virtual groups", He et al. 2024, arXiv:2410.07524):
-K / G whole copies. Weights divided by their sum and multiplied by G add up to 1 for each shard, and the sum is the
-dense block's output. In training the shards' rows part.
-Tensors come and go one at a time, so a checkpoint is streamed through; only one stack of experts is ever held.
+shards: f of its F hidden units. Expert e is shard e % G of copy e // G. The shards of a copy start with the same router
+row, so a token that selects a copy selects all of its shards ("virtual groups", He et al. 2024, arXiv:2410.07524), that
+is, K / G whole copies. The routing weights are normalized to sum to 1 and multiplied by G, so that the output equals
+that of the dense block. During training the shards' router rows diverge.
+Tensors are processed one at a time, so a checkpoint is streamed; only one stack of experts is held in memory.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _FFN = re.compile(r"blocks\.(\d+)\.ffn\.(w1|w2)\.(weight|bias)")
 
 
 class Upcycling(Config):
-    """How to grow: the mixture's keys in `ffn_config`, and what is done to the copies."""
+    """How to upcycle: the mixture's keys in `ffn_config`, and how the copies are perturbed."""
 
     moe_num_experts: int = Field(ge=2)
     moe_top_k: int = Field(ge=1)
-    granularity: int = Field(default=1, ge=1)  # G: experts that a dense block is cut into
-    first_k_dense: int = Field(default=0, ge=0)  # as in `ffn_config`: these blocks stay as they are,
-    moe_layer_freq: int = Field(default=1, ge=1)  # and of the others all but every n-th
-    # Where the G that makes up for the weights' sum stands: moe_routed_scaling, or the experts' w2, for formats that
-    # have no such scaling (Mixtral, Qwen3-MoE, OLMoE).
+    granularity: int = Field(default=1, ge=1)  # G: the number of experts that each dense block is split into
+    first_k_dense: int = Field(default=0, ge=0)  # as in `ffn_config`: these layers stay dense,
+    moe_layer_freq: int = Field(default=1, ge=1)  # and of the others, every n-th becomes a mixture
+    # Where the factor G is applied: in moe_routed_scaling, or in the experts' w2, for formats without such a scaling
+    # (Mixtral, Qwen3-MoE, OLMoE).
     scale_in: Literal["router", "weights"] = "router"
     router_std: float = Field(default=0.02, gt=0)
-    # Both make experts differ from the start, and step 0 from the dense model. Biases are left alone.
-    noise: float = Field(default=0.0, ge=0)  # standard deviation of what is added, over that of the expert's matrix
-    drop: float = Field(default=0.0, ge=0, le=1)  # share of an expert's hidden units drawn anew (arXiv:2502.19261)
+    # Both make the experts differ from the start, and the model from the dense one. Biases are unchanged.
+    noise: float = Field(default=0.0, ge=0)  # standard deviation of added noise, relative to the expert matrix's
+    drop: float = Field(default=0.0, ge=0, le=1)  # fraction of an expert's hidden units to redraw (arXiv:2502.19261)
 
     @model_validator(mode="after")
     def _check_whole_copies(self) -> Self:
@@ -64,10 +64,10 @@ class Upcycling(Config):
 
 
 def upcycled_config(dense: CausalLMConfig, plan: Upcycling) -> CausalLMConfig:
-    """The config of the mixture that a dense model grows into.
+    """Return the config of the mixture that a dense model is upcycled to.
 
     Raises:
-        ConfigError: the model is not dense, or its hidden size does not divide.
+        ConfigError: if the model is not dense, or the granularity does not divide its hidden size.
     """
     block = _dense_block(dense)
     if block.hidden_size % plan.granularity:
@@ -92,15 +92,17 @@ def upcycled_config(dense: CausalLMConfig, plan: Upcycling) -> CausalLMConfig:
 def upcycle(
     weights: Iterable[tuple[str, Tensor]], dense: CausalLMConfig, plan: Upcycling, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The mixture's weights, made from the dense model's one tensor at a time.
+    """Yield the mixture's weights, made from the dense model's weights one tensor at a time.
 
     Args:
         weights: names and tensors of the dense model, in any order.
         dense: its config.
-        seed: of the routers, the noise and the units drawn anew; each value depends on it and its name alone.
+        plan: how to upcycle.
+        seed: for the routers, the noise and the redrawn units. Each value depends only on the seed and the tensor's
+            name.
 
     Yields:
-        Names and tensors of the model that `upcycled_config` describes, in the dtype of what they are made from.
+        Names and tensors of the model that `upcycled_config` describes, in the dtype of the source tensors.
     """
     grown, gated = upcycled_config(dense, plan), _dense_block(dense).gated
     for name, tensor in weights:
@@ -127,15 +129,15 @@ def _dense_block(dense: CausalLMConfig) -> MLPConfig:
 
 
 def _shards(tensor: Tensor, matrix: str, gated: bool, g: int) -> Tensor:
-    """Cut w1 (2F, D), b1 (2F,) or w2 (D, F) along the hidden units: (G, 2f, D), (G, 2f) or (G, D, f)."""
+    """Split w1 (2F, D), b1 (2F,) or w2 (D, F) along the hidden units: (G, 2f, D), (G, 2f) or (G, D, f)."""
     if matrix == "w2":
         return tensor.unflatten(1, (g, -1)).transpose(0, 1)
-    halves = 2 if gated else 1  # gate rows, then up rows; each shard has its part of both
+    halves = 2 if gated else 1  # gate rows, then up rows; each shard gets its part of both
     return tensor.unflatten(0, (halves, g, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _experts(tensor: Tensor, block: str, name: str, matrix: str, gated: bool, plan: Upcycling, seed: int) -> Tensor:
-    """The stacked weight of all experts: (E, 2f, D) or (E, D, f)."""
+    """Return the stacked weight of all experts: (E, 2f, D) or (E, D, f)."""
     g = plan.granularity
     shards = _shards(tensor, matrix, gated, g)
     if matrix == "w2" and plan.scale_in == "weights":
@@ -143,7 +145,7 @@ def _experts(tensor: Tensor, block: str, name: str, matrix: str, gated: bool, pl
     experts = shards.repeat(plan.moe_num_experts // g, 1, 1)
     for e, expert in enumerate(experts):
         if plan.drop:
-            # The units' place is drawn from the block's name: the same in gate, up and w2, which come one by one.
+            # Unit indices are drawn by the block's name: gate, up and w2 are processed separately but must agree.
             hidden = expert.shape[1] if matrix == "w2" else expert.shape[0] // (2 if gated else 1)
             order = torch.randperm(hidden, generator=runtime.generator("cpu", seed, block, "drop", e))
             dice = runtime.generator("cpu", seed, name, "drop", e)
@@ -157,7 +159,7 @@ def _experts(tensor: Tensor, block: str, name: str, matrix: str, gated: bool, pl
 
 
 def _draw_anew(units_first: Tensor, units: Tensor, dice: torch.Generator) -> None:
-    """Replace some rows by normal values of the same mean and deviation, in place."""
+    """Replace some rows by normal values of the same mean and standard deviation, in place."""
     if len(units) == 0:
         return
     old = units_first[units].float()
@@ -166,7 +168,7 @@ def _draw_anew(units_first: Tensor, units: Tensor, dice: torch.Generator) -> Non
 
 
 def _biases(tensor: Tensor, matrix: str, gated: bool, plan: Upcycling) -> Tensor:
-    """The stacked bias of all experts: (E, 2f) or (E, D). All shards of a copy add their b2, so each has its part."""
+    """Return the stacked bias of all experts: (E, 2f) or (E, D). The G shards of a copy each add b2 / G."""
     g, copies = plan.granularity, plan.moe_num_experts // plan.granularity
     if matrix == "w1":
         return _shards(tensor, matrix, gated, g).repeat(copies, 1)
@@ -175,7 +177,7 @@ def _biases(tensor: Tensor, matrix: str, gated: bool, plan: Upcycling) -> Tensor
 
 
 def _router(name: str, like: Tensor, plan: Upcycling, seed: int) -> Tensor:
-    """(E, D) in the dtype of `like` (2F, D): normal, one row for all shards of a copy."""
+    """Return router weights (E, D) in the dtype of `like` (2F, D): normal, the same row for all shards of a copy."""
     copies = torch.empty(plan.moe_num_experts // plan.granularity, like.shape[1])
     with ThreadPoolExecutor(1) as threads:
         draw_weight(local_shard(copies), plan.router_std, False, seed, name, threads)

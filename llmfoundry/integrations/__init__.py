@@ -1,1 +1,1 @@
-"""Doors for users of other frameworks."""
+"""Entry points for users of other frameworks."""

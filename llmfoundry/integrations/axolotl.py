@@ -1,14 +1,14 @@
-"""A plugin for axolotl that makes our experts selectable: `experts_implementation: llmfoundry` in its YAML.
+"""An axolotl plugin that adds llmfoundry's experts: `experts_implementation: llmfoundry` in its YAML.
 
-axolotl passes that key to `transformers`, which only has the implementations that were registered before.
+axolotl passes that key to `transformers`, which only knows implementations that have been registered.
 """
 
 from __future__ import annotations
 
 from axolotl.integrations.base import BasePlugin
 
-import llmfoundry.drop_in  # noqa: F401  registers our experts
+import llmfoundry.drop_in  # noqa: F401  registers the experts
 
 
 class Experts(BasePlugin):
-    """`plugins: [llmfoundry.integrations.axolotl.Experts]`; the import is all it does."""
+    """The plugin: `plugins: [llmfoundry.integrations.axolotl.Experts]`. Importing it is enough."""

@@ -1,12 +1,12 @@
-"""Our runs under Composer's `Trainer`, for its algorithms, callbacks and loggers.
+"""Runs llmfoundry models under Composer's `Trainer`, for its algorithms, callbacks and loggers.
 
-`composer_parts` makes from one YAML what a Trainer takes, under the names of its arguments:
+`composer_parts` turns one YAML into the arguments of a Trainer:
 
     made = composer_parts(config)
     composer.Trainer(**made._asdict(), save_folder="runs/theirs").fit()
 
-It needs `composer`, which `make setup-composer` installs in an environment of its own; docs/composer.md says when to
-use it.
+It needs `composer`, which `make setup-composer` installs in a separate environment; docs/composer.md says when to use
+it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from llmfoundry.train.schedule import Schedule
 
 
 class ComposerParts(NamedTuple):
-    """What `composer.Trainer` takes, under its names. The callers' own callbacks go beside `LLMFoundrySettings`."""
+    """The arguments of `composer.Trainer`, by name. Add your own callbacks beside `LLMFoundrySettings`."""
 
     model: ComposerCausalLM
     train_dataloader: DataSpec
@@ -70,15 +70,16 @@ class ComposerParts(NamedTuple):
 def composer_parts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, shard: bool = False
 ) -> ComposerParts:
-    """The parts of a run for Composer's Trainer.
+    """Build the parts of a run for Composer's Trainer.
 
     Args:
+        config: the run.
         tokenizer: None: that of `config.tokenizer`.
-        shard: spread the model by our `parallelize`, as `config.parallel` says; else Composer does (DDP, or FSDP2 with
-            `parallelism_config` and FSDP_VERSION=2).
+        shard: distribute the model with `parallelize`, according to `config.parallel`; otherwise Composer does (DDP, or
+            FSDP2 with `parallelism_config` and FSDP_VERSION=2).
 
     Raises:
-        ConfigError: a setting of the run cannot be had under Composer.
+        ConfigError: if a setting of the run is not available under Composer.
     """
     model_settings = config.model
     assert isinstance(model_settings, CausalLMConfig)
@@ -122,13 +123,13 @@ def composer_parts(
         max_duration=f"{timeline.total_steps}ba",
         eval_interval=str(config.eval_interval) if evaluators else "1ep",
         device_train_microbatch_size=device_rows if micro == "auto" else micro,
-        # Our shards compute in bfloat16 by themselves; Composer's own default on a GPU is float16.
+        # With `shard`, the model computes in bfloat16 by itself; Composer's default on a GPU is float16.
         precision="fp32" if shard else config.precision_on(runtime.device().type),
     )
 
 
 def _check(config: RunConfig, model: CausalLMConfig, world: int) -> None:
-    """Refuse what would be another run under Composer."""
+    """Reject settings that would give a different run under Composer."""
     rows, evaluated, micro = (
         config.global_train_batch_size,
         config.device_eval_batch_size,
@@ -165,9 +166,9 @@ def _evaluator(loader: Loader, config: RunConfig, rank: int, world: int) -> Eval
 
 
 def composer_schedule(schedule: Schedule) -> Callable[[State, float], float]:
-    """A schedule as Composer calls it: before it counts the step, so that each factor comes a step late.
+    """Return a schedule for Composer, which calls it before counting the step, so each factor comes one step late.
 
-    Our trainer does the same with `scheduler.composer_step: true`.
+    llmfoundry's trainer does the same with `scheduler.composer_step: true`.
     """
 
     def factor(state: State, ssr: float = 1.0) -> float:
@@ -179,7 +180,7 @@ def composer_schedule(schedule: Schedule) -> Callable[[State, float], float]:
 
 
 def _model(config: RunConfig, settings: CausalLMConfig, shard: bool) -> CausalLM:
-    """The model with its first weights, which are the same however it is spread."""
+    """Build the model with its initial weights, which are the same however it is sharded."""
     if not shard:
         with torch.device("cpu"):
             model = settings.build()
@@ -196,7 +197,7 @@ def _model(config: RunConfig, settings: CausalLMConfig, shard: bool) -> CausalLM
 
 
 def _load(config: RunConfig, model: CausalLM) -> None:
-    """Fill in the weights of `load_path`: ours, Hugging Face's, or Composer's in LLM Foundry's names or ours."""
+    """Load the weights of `load_path`: a checkpoint of llmfoundry, Hugging Face or Composer."""
     path = config.load_path
     if path is None:
         return

@@ -1,8 +1,8 @@
-"""Checkpoints of LLM Foundry and Composer as checkpoints of ours: which model one holds, its tokenizer, its weights.
+"""Converts LLM Foundry and Composer checkpoints to llmfoundry checkpoints: the model, its tokenizer, its weights.
 
-What makes the model comes from a training YAML, from the settings that integrations/composer.py stores, or from the
-Hugging Face config that Composer stores for the models of LLM Foundry (its MPT, and any family of hf/families).
-Optimizer, schedule and random states stay behind.
+The model's config comes from a training YAML, from the settings that integrations/composer.py stores, or from the
+Hugging Face config that Composer stores for LLM Foundry's models (its MPT, and any family of hf/families). The states
+of the optimizer, the schedule and random generators are dropped.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from llmfoundry.settings import load_yaml
 
 log = logging.getLogger(__name__)
 
-SETTINGS = "LLMFoundrySettings"  # the callback of integrations/composer.py whose state is the config of the run
+SETTINGS = "LLMFoundrySettings"  # the callback of integrations/composer.py whose state is the model's config
 _HUGGING_FACE = ("integrations", "huggingface")
 
 
 class Found(NamedTuple):
-    """A model of ours in a checkpoint of theirs: what leads from `source` to each tensor."""
+    """An llmfoundry model in a Composer checkpoint; `copies` fill its tensors from `source`."""
 
     config: CausalLMConfig
     source: TensorSource
@@ -45,20 +45,21 @@ class Found(NamedTuple):
 
 
 def from_composer(source: str | Path, out: Path, yaml: str | Path | None, progress: Progress) -> CausalLMConfig:
-    """A checkpoint of LLM Foundry or Composer as one of ours; its code and pickled objects never run.
+    """Convert an LLM Foundry or Composer checkpoint to an llmfoundry checkpoint, without running its code or pickles.
 
     Args:
         source: a FILE.pt or its URL, or a sharded folder.
-        out: the checkpoint; must not exist, or be empty.
-        yaml: the training YAML, in LLM Foundry's words or ours, whose `model` is the checkpoint's. None: the config
-            that the checkpoint has stored.
+        out: the checkpoint to write; must not exist, or be empty.
+        yaml: the training YAML, LLM Foundry's or llmfoundry's, with the checkpoint's `model`. None: the config stored
+            in the checkpoint.
+        progress: reports the bytes written.
 
     Returns:
         The model's config.
 
     Raises:
-        ConfigError: what is wrong with `source`, it stores no config and none is named, the model is not supported or
-            not that of the config, or `out` is in use; nothing is left of it.
+        ConfigError: if `source` is unusable, it stores no config and none is given, the model is not supported or does
+            not match the config, or `out` is in use; nothing is left behind.
     """
     files = open_composer(Path(file_here(str(source))))
     found = find_model(files, yaml)
@@ -76,7 +77,7 @@ def from_composer(source: str | Path, out: Path, yaml: str | Path | None, progre
 
 
 def find_model(files: ComposerFiles, yaml: str | Path | None = None) -> Found:
-    """The model of a checkpoint; its weights are read later.
+    """Find the model of a checkpoint; its weights are read later.
 
     Raises:
         ConfigError: as in `from_composer`.
@@ -100,13 +101,13 @@ def find_model(files: ComposerFiles, yaml: str | Path | None = None) -> Found:
 
 
 def model_config(model: Tree, where: str) -> CausalLMConfig:
-    """A model in LLM Foundry's words, or ours, as a config.
+    """Convert a `model` block, LLM Foundry's or llmfoundry's, to a config.
 
     Raises:
-        ConfigError: it asks for what this framework does not do.
+        ConfigError: if it requests something that llmfoundry does not support.
     """
     data, notes = translate({"model": model, "save_folder": "none"})
-    for note in notes:  # a stored config says all of its defaults
+    for note in notes:  # only debug: a stored config lists all of its defaults
         log.debug("%s", note)
     translated = data["model"]
     assert isinstance(translated, dict)
@@ -117,10 +118,10 @@ def model_config(model: Tree, where: str) -> CausalLMConfig:
 
 
 def write_tokenizer(files: ComposerFiles, folder: Path) -> bool:
-    """Write the files of the tokenizer that a checkpoint stores, known names only; whether there were any.
+    """Write the tokenizer files that a checkpoint stores, if their names are known. Returns whether there were any.
 
     Raises:
-        ConfigError: one has a content that its name does not allow.
+        ConfigError: if a file has content of the wrong type.
     """
     stored = files.said(*_HUGGING_FACE, "tokenizer")
     written = False
@@ -132,7 +133,7 @@ def write_tokenizer(files: ComposerFiles, folder: Path) -> bool:
 
 
 def _content(content: Plain, suffix: str, where: str) -> bytes:
-    """The bytes of a file: JSON is stored parsed, text as lines."""
+    """Return the bytes of a file: JSON is stored parsed, text as lines."""
     if suffix == ".json":
         _fill_templates(content)
         return json.dumps(content, indent=2, ensure_ascii=False).encode()
@@ -146,7 +147,7 @@ def _content(content: Plain, suffix: str, where: str) -> bytes:
 
 
 def _fill_templates(content: Plain) -> None:
-    """Put back what a sharded folder loses of a tokenizer.json: an empty mapping, which `tokenizers` insists on."""
+    """Restore what a sharded folder loses of a tokenizer.json: an empty mapping that `tokenizers` requires."""
     if isinstance(content, dict):
         if content.get("type") == "TemplateProcessing":
             content.setdefault("special_tokens", {})

@@ -1,4 +1,4 @@
-"""Our loaders as Composer's `DataSpec`: the order of our trainer, counted labels, a place that checkpoints keep.
+"""llmfoundry's loaders as Composer's `DataSpec`: rows in llmfoundry's order, label counts, and a resumable position.
 
 Shapes: B rows, S sequence.
 """
@@ -18,19 +18,22 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Batch, Loader
 from llmfoundry.data.rows import IGNORE
 
-Rows = dict[str, Tensor]  # the fields of `Batch` that are there, by name: Composer moves and splits mappings
+Rows = dict[str, Tensor]  # the fields of `Batch` that are not None, by name: Composer moves and splits mappings
 
 
 class TrainingRows(IterableDataset[Rows]):
-    """The rows of a run, batch by batch, in the order of our trainer; an epoch of it goes on where the last one ended.
+    """The rows of a run, batch by batch, in llmfoundry's order; each epoch continues where the last one ended.
 
     Args:
-        global_rows: of a batch over all ranks.
+        loader: provides the rows.
+        global_rows: number of rows in a batch over all ranks.
+        rank: this rank.
+        world: number of ranks.
     """
 
     def __init__(self, loader: Loader, global_rows: int, rank: int, world: int) -> None:
         self.loader, self.global_rows, self.rank, self.world = loader, global_rows, rank, world
-        self.row = 0  # of the run, that the next batch begins with
+        self.row = 0  # index in the run of the next batch's first row
 
     def __len__(self) -> int:
         return max(1, self.loader.rows_per_epoch // self.global_rows)
@@ -43,14 +46,14 @@ class TrainingRows(IterableDataset[Rows]):
             yield as_rows(batch)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int | str]:
-        """Where the run is in the data."""
+        """Return the position in the data."""
         return {"row": self.row, "data": self.loader.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go on from there.
+        """Continue from a position.
 
         Raises:
-            ConfigError: the data is not that of the checkpoint.
+            ConfigError: if the data is not that of the checkpoint.
         """
         if state["data"] != self.loader.fingerprint:
             raise ConfigError("load_path: was trained on other data or with another tokenizer; restore them, or load "
@@ -59,7 +62,7 @@ class TrainingRows(IterableDataset[Rows]):
 
 
 class OnePass(IterableDataset[Rows]):
-    """Every label of an evaluation's data once."""
+    """One pass over an evaluation's data, with every label once."""
 
     def __init__(self, loader: Loader, global_rows: int, rank: int, world: int) -> None:
         self.loader, self.global_rows, self.rank, self.world = loader, global_rows, rank, world
@@ -73,22 +76,22 @@ class OnePass(IterableDataset[Rows]):
 
 
 def as_rows(batch: Batch) -> Rows:
-    """A batch as a mapping of the fields that it has."""
+    """Convert a batch to a mapping of the fields that are not None."""
     return {name: part for name, part in batch._asdict().items() if part is not None}
 
 
 def split_rows(batch: Rows, rows: int) -> list[Rows]:
-    """Microbatches of at most this many rows, in order."""
+    """Split a batch into microbatches of at most this many rows, in order."""
     return [as_rows(micro) for micro in Batch(**batch).split(rows)]
 
 
 def count_tokens(batch: Rows) -> dict[str, int]:
-    """Tokens of a batch, and its labels, by which Composer weighs the losses of microbatches and ranks."""
+    """Count a batch's tokens, and its labels, by which Composer weights the losses of microbatches and ranks."""
     return {"total": batch["tokens"].numel(), "loss_generating": int((batch["labels"] != IGNORE).sum())}
 
 
 def data_spec(dataset: IterableDataset[Rows]) -> DataSpec:
-    """A `DataSpec` of rows, which counts labels and splits off microbatches."""
+    """Return a `DataSpec` that counts labels and splits batches into microbatches."""
     return DataSpec(
         DataLoader(dataset, batch_size=None),
         split_batch=split_rows,

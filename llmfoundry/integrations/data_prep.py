@@ -1,7 +1,7 @@
-"""LLM Foundry's data preparation: a dataset of the hub, or JSON lines, as MDS folders of text or of rows of tokens.
+"""LLM Foundry's data preparation: converts a hub dataset or JSON lines to MDS folders of texts or token rows.
 
-Rows are cut as theirs are: the texts' tokens one after another, each between `bos_text` and `eos_text`, in pieces of
-`concat_tokens`; what is over at the end of a split fills no row.
+Rows are cut as in LLM Foundry: the token ids of all texts are concatenated, each between `bos_text` and `eos_text`, and
+split into pieces of `concat_tokens`; the remainder at the end of a split is dropped.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llmfoundry.progress import progress
 
 
 class Part(NamedTuple):
-    """A folder to write: the split of the source that it is made of, and how many samples it holds at most."""
+    """A folder to write: the source split, and the maximum number of samples."""
 
     split: str
     most: int | None = None
 
 
-# Folders that LLM Foundry makes of two datasets, whatever splits those have.
+# The folders that LLM Foundry creates for two datasets, whatever splits those have.
 _KNOWN = {
     "train": Part("train"),
     "train_small": Part("train", 100_000),
@@ -41,17 +41,17 @@ KNOWN = ("c4", "the_pile")
 
 
 class Tokens(NamedTuple):
-    """How texts become rows."""
+    """How to convert texts to rows."""
 
     tokenizer: PreTrainedTokenizerBase
-    length: int  # tokens in a row
-    before: list[int]  # of each text
+    length: int  # tokens per row
+    before: list[int]  # ids inserted before each text
     after: list[int]
-    wrap: bool  # whether a text goes on in the next row
+    wrap: bool  # whether a text continues in the next row
 
 
 def part_of(dataset: str, name: str) -> Part:
-    """What a folder of this name is made of."""
+    """Return the source of a folder with this name."""
     return _KNOWN.get(name, Part(name)) if Path(dataset).name in KNOWN else Part(name)
 
 
@@ -59,18 +59,22 @@ def how(
     tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: bool,
     words: dict[str, str | int | float | bool | None],
 ) -> Tokens:  # fmt: skip
-    """The rule for rows of tokens.
+    """Return the rule for converting texts to token rows.
 
     Args:
-        eos_text: after each text; None: the tokenizer's end of text.
-        words: settings that the tokenizer is loaded with.
+        tokenizer: a folder or a hub id.
+        length: tokens per row.
+        bos_text: inserted before each text.
+        eos_text: inserted after each text; None: the tokenizer's end-of-text token.
+        wrap: whether a text continues in the next row.
+        words: settings for loading the tokenizer.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, or nothing would stand between texts.
+        ConfigError: if the tokenizer cannot be loaded, or nothing would separate texts.
     """
     source = Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
     loaded = load_tokenizer(source, f"--tokenizer {tokenizer}", **words)
-    loaded.model_max_length = int(1e30)  # rows are cut here
+    loaded.model_max_length = int(1e30)  # rows are cut here instead
     eos_text = loaded.eos_token or "" if eos_text is None else eos_text
     if length < 1:
         raise ConfigError(f"--concat_tokens {length}: must be 1 or more")
@@ -87,14 +91,14 @@ def how(
 
 
 def hub_texts(dataset: str, subset: str | None, split: str) -> Iterator[str]:
-    """The texts of a split of a hub dataset, or of a folder, as a stream.
+    """Yield the texts of a split of a hub dataset, or of a folder, as a stream.
 
     Raises:
-        ConfigError: it cannot be had, or has no column `text`.
+        ConfigError: if it cannot be loaded, or has no column `text`.
     """
     import datasets
 
-    # A folder's subset is a folder in it; the hub has configurations.
+    # For a folder, the subset is a subfolder; for the hub, it is a configuration.
     inside = subset if subset is not None and (Path(dataset) / subset).is_dir() else None
     how = {"data_dir": inside} if inside is not None else {"name": subset}
     try:
@@ -108,13 +112,13 @@ def hub_texts(dataset: str, subset: str | None, split: str) -> Iterator[str]:
 
 
 def file_texts(where: str) -> Iterator[str]:
-    """The texts of local files: the column `text` of tables, and whole text files, in the order of their names.
+    """Yield the texts of local files, sorted by name: the column `text` of tables, and whole text files.
 
     Args:
-        where: a folder, a glob or one file, as `dataset.path` of text_files.
+        where: a folder, a glob or a file, as `dataset.path` of text_files.
 
     Raises:
-        ConfigError: there is none, or a row has no text.
+        ConfigError: if there is none, or a row has no text.
     """
     if not where or not (glob(where) or Path(where).expanduser().exists()):
         raise ConfigError(f"--path {where}: no such file or folder")
@@ -126,16 +130,18 @@ def write(texts: Iterator[str], out: str, tokens: Tokens | None, most: int | Non
     """Write a folder.
 
     Args:
+        texts: the texts to write.
         out: the folder, or its URL.
-        tokens: how texts become rows; None writes the texts themselves.
-        most: samples at most.
+        tokens: how to convert texts to rows; None: write the texts themselves.
+        most: maximum number of samples.
+        compression: of the shards.
 
     Returns:
-        How many samples it has.
+        The number of samples written.
 
     Raises:
-        ConfigError: the folder holds something or cannot be written, the compression is not known, or there is nothing
-            to write.
+        ConfigError: if the folder is not empty or cannot be written, the compression is unknown, or there is nothing to
+            write.
     """
     columns = {"text": "str"} if tokens is None else {"tokens": "ndarray:int32"}
     count = 0
@@ -156,7 +162,7 @@ def write(texts: Iterator[str], out: str, tokens: Tokens | None, most: int | Non
 
 
 def rows_of(texts: Iterator[str], tokens: Tokens) -> Iterator[NDArray[np.int32]]:
-    """Rows of `tokens.length` ids."""
+    """Yield rows of `tokens.length` ids."""
     buffer: list[int] = []
     for text in texts:
         buffer += [*tokens.before, *tokens.tokenizer(text)["input_ids"], *tokens.after]

@@ -1,4 +1,4 @@
-"""What each key of a YAML file became: `llmfoundry explain YAML`."""
+"""What each key of a YAML file was translated to: `llmfoundry explain YAML`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TUNING = "left out, shards are fetched as their rows are read"
 
 
 def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
-    """A line for each value of a file, and one for each thing that was added.
+    """Yield a line for each value in a file, and one for each addition.
 
     Args:
-        given: the file with its overrides, as they were written.
+        given: the file with its overrides, as written.
         notes: of its translation; one that is not a `Note` begins with the dotted path that it is about.
     """
     by_path: dict[str, list[str]] = {}
@@ -39,7 +39,7 @@ def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """As `leaves`, and blocks that are empty: of a callback, all defaults."""
+    """Yield leaves, including empty blocks: an empty callback block means all defaults."""
     if isinstance(value, dict | list) and value:
         for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(inside, f"{path}.{key}" if path else str(key))
@@ -52,7 +52,7 @@ def _shown(path: str, value: object) -> str:
 
 
 def _above(path: str) -> Iterator[str]:
-    """A path and all that it is in, the longest first."""
+    """Yield a path and all paths that contain it, the longest first."""
     while path:
         yield path
         path = path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""`fsdp_config`, Composer's settings of FSDP1: the mesh, what is computed again, and what sums are made in."""
+"""Translates `fsdp_config`, Composer's FSDP1 settings: the mesh, activation checkpointing and reduction dtypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_tree import Tree, put
 
-# What tuned FSDP1, or said how its files are laid out.
+# Keys that tune FSDP1, or set the layout of its files.
 _GONE = {
     "activation_checkpointing_reentrant", "auto_microbatching", "auto_wrap", "backward_prefetch",
     "backward_prefetch_limit", "flatten_parameters", "forward_prefetch", "forward_prefetch_limit",
@@ -15,7 +15,7 @@ _GONE = {
     "load_planner", "min_params", "save_planner", "sharded_ckpt_prefix_dir", "state_dict_type", "sync_module_states",
     "te_checkpoint_wrapper", "te_shard_fp8_weight", "use_orig_params", "verbose",
 }  # fmt: skip
-_NULL = "ignored_modules", "process_group"  # other values wrap another part, or other ranks
+_NULL = "ignored_modules", "process_group"  # other values would wrap other modules, or use other ranks
 _SWITCHES = "activation_checkpointing", "activation_cpu_offload", "cpu_offload"
 _STRATEGIES = "FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"
 _BF16 = "bf16", "bfloat16", "amp_bf16"
@@ -23,10 +23,10 @@ _FP32 = "fp32", "float32"
 
 
 def fsdp(data: Tree, value: object) -> list[str]:
-    """The whole block.
+    """Translate the whole block.
 
     Raises:
-        ConfigError: a line for each key that asks for what is not done here.
+        ConfigError: with one line per key that requests something unsupported.
     """
     if value is None:
         return ["nothing, it was empty"]
@@ -53,7 +53,7 @@ def fsdp(data: Tree, value: object) -> list[str]:
 
 
 def _mesh(data: Tree, rest: Tree) -> tuple[list[str], list[str]]:
-    """Over how many ranks the model is sharded, and in how many copies it is; taken out of `rest`. Notes, mistakes."""
+    """Translate the number of shards and replicas, removing the keys from `rest`. Returns notes and mistakes."""
     said, mistakes = [], []
     mesh = rest.pop("device_mesh", None)
     degrees = {"shard": rest.pop("data_parallel_shard_degree", None),
@@ -78,7 +78,7 @@ def _mesh(data: Tree, rest: Tree) -> tuple[list[str], list[str]]:
 
 
 def mixed_precision(data: Tree, value: object) -> list[str]:
-    """What FSDP computes and reduces in there; here parameters are cast by `precision` and sums are float32."""
+    """Translate FSDP1's compute and reduce dtypes; here `precision` sets the compute dtype, and sums are float32."""
     computes = value
     if isinstance(value, Mapping):
         computes = "FULL" if value.get("param_dtype", "fp32") in (*_FP32, None) else "PURE"

@@ -1,11 +1,11 @@
-"""LLM Foundry's keys that need no code: left out, accepted at one value, empty, or refused with what to write instead.
+"""LLM Foundry keys that need no code: dropped, accepted at one value, empty, or rejected with an alternative.
 
-A path is dotted, and the first list that has it decides.
+Paths are dotted, and the first list that contains one applies.
 """
 
 from __future__ import annotations
 
-# Keys that tuned an implementation and change no value. They go, with a note.
+# Keys that tune an implementation and do not affect results. They are dropped, with a note.
 GONE = {
     "python_log_level": "logs are at level INFO",
     "max_split_size_mb": "set PYTORCH_ALLOC_CONF instead",
@@ -59,7 +59,7 @@ GONE = {
         for loader in ("train_loader", "eval_loader")
     },
 }
-# Keys that do change values, with the only values that mean what we do.
+# Keys that affect results, with the only values that match llmfoundry's behavior.
 ONLY: dict[str, tuple[object, ...]] = {
     "model.attn_config.prefix_lm": (False,),
     "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
@@ -95,7 +95,7 @@ ONLY: dict[str, tuple[object, ...]] = {
     "loggers.mlflow.model_registry_prefix": ("", None),
     "loggers.mlflow.model_registry_uri": (None,),
 }
-# What to write where a value of those is another one.
+# What to write instead of other values of these.
 INSTEAD = {
     "accumulate_train_batch_on_tokens": "the loss is always over the labels of the global batch; leave it out",
     "load_ignore_keys": "write load_weights_only: true to leave out optimizer and progress, and load_allow for what "
@@ -113,7 +113,7 @@ INSTEAD = {
     "tp_config": "layers are not split over ranks; parallel: {shard: ..., expert: ...} spreads the weights",
     "train_subset_num_batches": "write max_duration",
 }
-# Keys that may be there and empty, which is the same as leaving them out.
+# Keys that may be empty, which is the same as leaving them out.
 EMPTY = (
     "algorithms", "callbacks", "code_paths", "icl_seq_len", "icl_tasks", "loggers", "metadata", "model.attn_config",
     "model.attn_config.rope_hf_config", "model.attn_config.rope_dail_config", "model.ffn_config",
@@ -121,7 +121,7 @@ EMPTY = (
     "tokenizer.kwargs", "train_loader.dataset.split", "train_loader.dataset.hf_kwargs", "eval_loader.dataset.split",
     "eval_loader.dataset.hf_kwargs",
 )  # fmt: skip
-# Keys that are not built, and what to write instead.
+# Keys that are not supported, and what to write instead.
 REFUSED = {
     "algorithms.alibi": "write model.attn_config.alibi: true",
     "algorithms.gated_linear_units": "write model.ffn_config.ffn_type: mptglu",
@@ -155,7 +155,7 @@ RENAMED_VALUES = {
     "model.norm_type": {"triton_rmsnorm": "rmsnorm"},
 }
 _BF16 = "write amp_bf16, or fp32"
-# Values of theirs that are not built, and what to write instead; of a list of loaders, in each.
+# LLM Foundry values that are not supported, and what to write instead; for lists of loaders, in each.
 REFUSED_VALUES = {
     "model.ffn_config.ffn_type": {"te_ln_mlp": "write mptmlp", "mptgeglu": "write mptglu"},
     "model.norm_type": {"te_layernorm": "write layernorm"},
@@ -173,7 +173,7 @@ REFUSED_VALUES = {
         "text_denoising": "encoder-decoder models are not trained here; write text or finetuning",
     },
 }  # fmt: skip
-# Keys of the top level that only serve `${...}`: the file's references are already resolved.
+# Top-level keys that only serve `${...}`, whose references are already resolved.
 VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
 DURATIONS = (
     "max_duration", "eval_interval", "save_interval", "console_log_interval",

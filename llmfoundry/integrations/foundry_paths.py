@@ -1,4 +1,4 @@
-"""Names and folders of runs in LLM Foundry's files: what is left blank, placeholders, and names of checkpoints."""
+"""Run names, folders and checkpoint names in LLM Foundry's files: missing ones and placeholders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILLED_IN = re.compile(r"\{(rank|epoch|batch)\}")
 
 
 def made_up_name(data: Tree) -> list[Note]:
-    """Name a run without a name whose save folder holds `{run_name}`."""
+    """Name a run that has no name but whose save folder contains `{run_name}`."""
     folder = data.get("save_folder")
     if data.get("run_name") is not None or "RUN_NAME" in os.environ or "{run_name}" not in str(folder):
         return []
@@ -24,7 +24,7 @@ def made_up_name(data: Tree) -> list[Note]:
 
 
 def temporary_folder(data: Tree) -> list[Note]:
-    """Set the save folder of a file that has none to one that all ranks of this node agree on."""
+    """Set a missing save folder to one that all ranks of this node agree on."""
     if data.get("save_folder") is not None:
         return []
     folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
@@ -34,11 +34,11 @@ def temporary_folder(data: Tree) -> list[Note]:
 
 
 def without_placeholders(data: Tree) -> list[Note]:
-    """Refuse a save folder that would be another one by step or rank."""
+    """Reject a save folder that would depend on step or rank."""
     folder = data.get("save_folder")
     if not isinstance(folder, str) or (found := _FILLED_IN.search(folder)) is None:
         return []
-    data["save_folder"] = _FILLED_IN.sub("", folder)  # so that the rest is checked
+    data["save_folder"] = _FILLED_IN.sub("", folder)  # so that other mistakes are found too
     raise ConfigError(
         f"save_folder: {folder}: {found[0]} is not filled in here: all ranks write each checkpoint together, into a "
         "folder of its step; leave it out"
@@ -46,13 +46,13 @@ def without_placeholders(data: Tree) -> list[Note]:
 
 
 def load_path(data: Tree, value: object) -> list[str]:
-    """A checkpoint under the name that Composer gives it; where all is in one file, it is of rank 0."""
+    """Translate `load_path`, a checkpoint's name in Composer; for a single file per checkpoint, that of rank 0."""
     found = data["load_path"] = checkpoint_named(value) if isinstance(value, str) else value
     return [] if found == value else [f"load_path: {found}"]
 
 
 def checkpoint_named(path: str) -> str:
-    """Where a checkpoint is that Composer would have named so."""
+    """Return the path of a checkpoint, given its name in Composer."""
     if path.startswith("hf:"):
         return path
     found = our_checkpoint(path)
@@ -60,16 +60,16 @@ def checkpoint_named(path: str) -> str:
 
 
 def _launcher(key: str) -> str:
-    """A name that all ranks of this node agree on: the process that started them, and when that was.
+    """Return a name that all ranks of this node agree on: their parent process, and its start time.
 
     Raises:
-        ConfigError: the run has several nodes, which have none in common.
+        ConfigError: if the run has several nodes, which share no such process.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
         raise ConfigError(f"{key}: is missing, and several nodes must agree on it; write {key}=...")
     process = os.getppid() if world > 1 else os.getpid()
-    try:  # numbers of processes come again, in containers soon
+    try:  # process ids are reused, in containers soon
         since = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return str(process)
@@ -77,9 +77,9 @@ def _launcher(key: str) -> str:
 
 
 def our_checkpoint(path: str) -> str:
-    """Where a checkpoint is that Composer would have called `FOLDER/ep0-ba10-rank0.pt` or `FOLDER/latest-rank0.pt`.
+    """Return the llmfoundry path of a checkpoint that Composer names `FOLDER/ep0-ba10-rank0.pt` or `latest-rank0.pt`.
 
-    A path that exists, and one that does not look like theirs, is returned as it is.
+    A path that exists, or that does not look like a Composer checkpoint, is returned unchanged.
     """
     folder, found = Path(path).parent, _FILE.fullmatch(Path(path).name)
     if Path(path).exists() or found is None or not (folder / "checkpoints").is_dir():

@@ -1,4 +1,4 @@
-"""Plain data of a YAML file, by dotted paths; a number in one is an index of a list."""
+"""Access to a YAML file's plain data by dotted paths; a number in a path is a list index."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from llmfoundry.model.foundry_words import Tree
 
 
 class Note(str):
-    """A line on what became of a key.
+    """A line that says what became of a key.
 
     Args:
         path: of the key.
         said: what became of it.
-        value: what it had; a mapping or list is not shown.
+        value: its value; non-empty mappings and lists are not shown.
     """
 
     path: str
@@ -25,7 +25,7 @@ class Note(str):
 
 
 def copied(data: Tree) -> Tree:
-    """A copy in which nothing is shared, as aliases of YAML share blocks: each can be changed alone."""
+    """Return a deep copy in which YAML aliases are no longer shared, so that each block can be changed separately."""
 
     def each(value: object) -> object:
         if isinstance(value, dict):
@@ -36,7 +36,7 @@ def copied(data: Tree) -> Tree:
 
 
 def look(data: Tree, path: str) -> tuple[object, bool]:
-    """The value at a dotted path, and whether there is one."""
+    """Return the value at a dotted path, and whether there is one."""
     node: object = data
     for part in path.split("."):
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -49,7 +49,7 @@ def look(data: Tree, path: str) -> tuple[object, bool]:
 
 
 def take(data: Tree, path: str) -> object:
-    """Remove the value at a path that there is, and return it."""
+    """Remove the value at an existing path, and return it."""
     parent, _, key = path.rpartition(".")
     node = look(data, parent)[0] if parent else data
     assert isinstance(node, dict)
@@ -57,7 +57,7 @@ def take(data: Tree, path: str) -> object:
 
 
 def put(data: Tree, path: str, value: object) -> str:
-    """Set a value; returns what was set, in words."""
+    """Set a value; returns a line of text that says so."""
     *parents, key = path.split(".")
     node = data
     for part in parents:
@@ -69,7 +69,7 @@ def put(data: Tree, path: str, value: object) -> str:
 
 
 def present(data: Tree, path: str) -> list[str]:
-    """The path, if something is there; of a list on the way, the paths into each of its items."""
+    """Return the path if it exists; if it leads through a list, the paths into each item."""
     head, *rest = path.split(".")
     block = data.get(head)
     if isinstance(block, list) and rest:

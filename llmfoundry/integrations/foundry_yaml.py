@@ -1,7 +1,7 @@
-"""LLM Foundry's legacy words, translated out loud.
+"""Translates LLM Foundry's legacy keys, with a note for each change.
 
-What kept its meaning needs no translation. Here stands what was renamed, moved, or has nothing left to say; every
-change is a line of notes, and whatever would alter the result without an equivalent is an error.
+Keys with an unchanged meaning need no translation. Keys that were renamed, moved or dropped are handled here. Each
+change is reported as a note, and anything that would change results and has no equivalent is an error.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from llmfoundry.model import foundry_words
 
 
 class Untranslated(ConfigError):
-    """A line for each legacy key that asks for what this framework does not do.
+    """Legacy keys request something that llmfoundry does not support; the message has one line per key.
 
     Attributes:
-        rest: the file without them, in our words, whose other mistakes can be told too.
+        rest: the translated file without them, so that its other mistakes can be reported too.
     """
 
     def __init__(self, mistakes: Sequence[str], rest: Tree) -> None:
@@ -42,17 +42,17 @@ class Untranslated(ConfigError):
 
 
 def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list[Note]]:
-    """A YAML in LLM Foundry v0.22's words, in ours.
+    """Translate a YAML with LLM Foundry v0.22's keys to llmfoundry's.
 
     Args:
-        data: what `load_yaml` returned; not changed.
-        variables: keys of the top level that no run has and that the file refers to by `${...}`.
+        data: what `load_yaml` returned; not modified.
+        variables: top-level keys that are not settings and that the file refers to with `${...}`.
 
     Returns:
-        The same run in our words, and a line for each thing that was translated.
+        The translated YAML, and a note for each change.
 
     Raises:
-        Untranslated: keys ask for what this framework does not do.
+        Untranslated: if keys request something that llmfoundry does not support.
     """
     theirs = is_theirs(data)
     data = copied(data)
@@ -70,7 +70,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
                 notes += [_note(place, new, value) for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
-    if theirs:  # in a file of ours, a missing save_folder is a mistake
+    if theirs:  # in a file that is not LLM Foundry's, a missing save_folder is a mistake
         fills = (made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _packed, _head_norms)
         for fill in fills:
             try:
@@ -83,13 +83,13 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
 
 
 def _note(path: str, said: str, value: object) -> Note:
-    if isinstance(said, Note):  # on another key
+    if isinstance(said, Note):  # about another key
         return said
     return Note(path, said if said.startswith("left out") else f"is now {said}", value)
 
 
 def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
-    """The keys that need no code (foundry_keys.py), changed in place."""
+    """Handle the keys that need no code (foundry_keys.py), in place."""
     for path, allowed in ONLY.items():
         for place in present(data, path):
             value = take(data, place)
@@ -106,7 +106,7 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
         value = look(data, path)[0]
         if isinstance(value, str) and value in reasons:
             take(data, path)
-            if path == "optimizer.name":  # so that its other keys are not said to be of another one
+            if path == "optimizer.name":  # so that its other keys are not reported as belonging to another optimizer
                 data["optimizer"] = {"name": "decoupled_adamw", "lr": 1.0}
             mistakes.append(f"{path}: {value} is not supported; {reasons[value]}")
     for path, why in GONE.items():
@@ -121,7 +121,7 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
     for path in DURATIONS:
         value, there = look(data, path)
         if path.startswith("scheduler.") and not isinstance(value, str):
-            continue  # a number says nothing there either
+            continue  # a number has no meaning in LLM Foundry either
         if there and (new := _duration(value)) is not None:
             notes.append(Note(path, f"is now {put(data, path, new)}", value))
 
@@ -131,14 +131,14 @@ def _shown(value: object) -> str:
 
 
 def is_theirs(data: Tree) -> bool:
-    """Whether a file is one of LLM Foundry's, and not one of ours with some of their words."""
+    """Return whether a file is LLM Foundry's, rather than an llmfoundry file with some of its keys."""
     model = data.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", *OTHER_MODELS)
 
 
 def _defaults(data: Tree) -> list[Note]:
-    """What a file leaves out of the top level, as it is there."""
+    """Fill in top-level keys that a file omits with LLM Foundry's defaults."""
     wanted: Tree = {"save_interval": "1000ba"}
     if data.get("eval_loader"):
         wanted["eval_subset_num_batches"] = -1
@@ -148,7 +148,7 @@ def _defaults(data: Tree) -> list[Note]:
 
 
 def _data_defaults(data: Tree) -> list[Note]:
-    """What a dataset leaves out, as it is there: only the last turn is learned, and nothing is shuffled."""
+    """Fill in dataset keys with LLM Foundry's defaults: only the last turn is learned, and nothing is shuffled."""
     notes = []
     for loader in ("train_loader", "eval_loader"):
         for place in present(data, f"{loader}.dataset"):
@@ -163,7 +163,7 @@ def _data_defaults(data: Tree) -> list[Note]:
 
 
 def _packed(data: Tree) -> list[Note]:
-    """Keep examples that share a row apart, which is what packing means here."""
+    """Mask examples in the same row from each other, which is what packing means here."""
     ratio = look(data, "train_loader.dataset.packing_ratio")[0]
     if ratio is None or look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
         return []
@@ -176,7 +176,7 @@ def _packed(data: Tree) -> list[Note]:
 
 
 def _head_norms(data: Tree) -> list[Note]:
-    """Give queries and keys the norm that they have there."""
+    """Set the norm of queries and keys that LLM Foundry uses."""
     model = data.get("model")
     said = foundry_words.layer_norm(model) if isinstance(model, dict) else []
     return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
@@ -187,10 +187,10 @@ _UNITS = {"iter": "ba", "sec": "s"}
 
 
 def _duration(value: object) -> str | None:
-    """Composer's other spellings of a duration, in ours.
+    """Convert Composer's other spellings of a duration; None if there is nothing to convert.
 
-    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` become seconds; units may
-    be capitals, and `5e-2dur` is 0.05dur.
+    A number counts epochs, `iter` means steps, `90sec` is 90s, and `1h30m` or `1h0m30s` are converted to seconds. Units
+    may be uppercase, and `5e-2dur` becomes 0.05dur.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value}ep"
@@ -215,14 +215,14 @@ OTHER_MODELS = {
     "contrastive_lm": _EMBEDDING, "finetune_embedding_model": _EMBEDDING,
     "openai_causal_lm": _API, "openai_chat": _API, "fmapi_causal_lm": _API, "fmapi_chat": _API,
 }  # fmt: skip
-# Takes the place of a model that cannot be had, so that the mistakes in the rest of the file are found too.
+# Replaces a model that is not available, so that mistakes in the rest of the file are found too.
 _STAND_IN: Tree = {
     "name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31, "max_seq_len": 2**31,
 }  # fmt: skip
 
 
 def _model(data: Tree, value: object) -> Sequence[str]:
-    """`model.name`: models of Hugging Face, and those that are not built here."""
+    """Translate `model.name`: Hugging Face models, and models that are not supported."""
     if isinstance(value, str) and value in OTHER_MODELS:
         put(data, "model", dict(_STAND_IN))
         raise ConfigError(f"model.name: {value}: {OTHER_MODELS[value]}")
@@ -261,7 +261,7 @@ def _moe_world_size(data: Tree, value: object) -> list[str]:
 
 
 def _capacity(data: Tree, value: object) -> list[str]:
-    """MegaBlocks' dMoE drops nothing, whatever this says; its MoE (`mb_moe`) takes it at its word."""
+    """Translate the capacity factor. MegaBlocks' dMoE ignores it and drops nothing; its MoE (`mb_moe`) applies it."""
     if value and look(data, "model.ffn_config.ffn_type")[0] != "mb_moe":
         return ["left out: a dropless mixture has no capacity (mb_moe has)"]
     put(data, "model.ffn_config.moe_capacity_factor", value)
@@ -269,7 +269,7 @@ def _capacity(data: Tree, value: object) -> list[str]:
 
 
 def _off_at_zero(path: str) -> Callable[[Tree, object], list[str]]:
-    """A key whose 0 means the same as leaving it out there."""
+    """Return a translation of a key for which 0 means the same as leaving it out."""
 
     def moved(data: Tree, value: object) -> list[str]:
         if isinstance(value, (int, float)) and value == 0:
@@ -281,7 +281,7 @@ def _off_at_zero(path: str) -> Callable[[Tree, object], list[str]]:
 
 
 def _same_as(path: str, key: str) -> Callable[[Tree, object], list[str]]:
-    """A key that repeats one of the model."""
+    """Return a translation of a key that repeats one of the model's."""
 
     def moved(data: Tree, value: object) -> list[str]:
         found = look(data, f"model.{key}")[0]
@@ -306,16 +306,16 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
 
 
 def _learned_pos_emb(data: Tree, value: object) -> list[str]:
-    """LLM Foundry's default is true, and it turns that off where attention has positions of its own."""
+    """Translate `learned_pos_emb`: true by default, but LLM Foundry turns it off if attention encodes positions."""
     own = [key for key in ("rope", "alibi") if look(data, f"model.attn_config.{key}")[0]]
     if value and own:
         return [f"off, as in LLM Foundry where attn_config.{own[0]} is on"]
-    put(data, "model.learned_pos_emb", value)  # as it was: nothing to say
+    put(data, "model.learned_pos_emb", value)  # unchanged, so there is nothing to report
     return []
 
 
 def _wandb_name(data: Tree, value: object) -> list[str]:
-    """There it names the run; here `name` is the logger's own, as config.yaml writes it out."""
+    """Translate W&B's `name`, which names the run; here `name` is the logger's type, as in config.yaml."""
     if value == "wandb":
         put(data, "loggers.wandb.name", value)
         return []
@@ -327,7 +327,7 @@ def _eval_workers(data: Tree, value: object) -> list[str]:
 
 
 def _of_model(apply: Callable[[Tree, object], list[str]]) -> Callable[[Tree, object], list[str]]:
-    """A change of the block `model`."""
+    """Return a translation that is applied to the block `model`."""
 
     def moved(data: Tree, value: object) -> list[str]:
         model = data["model"]
@@ -344,7 +344,7 @@ _MOVED: dict[str, Callable[[Tree, object], Sequence[str]]] = {
         path: _off_at_zero(path)
         for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
     },
-    "model.attn_config.rope_impl": _of_model(foundry_words.rope_impl),  # before those that it may take away
+    "model.attn_config.rope_impl": _of_model(foundry_words.rope_impl),  # before those that it may remove
     "model.attn_config.rope_dail_config": _of_model(foundry_words.rope_dail),
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,

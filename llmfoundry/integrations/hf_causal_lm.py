@@ -1,6 +1,6 @@
-"""LLM Foundry's `model: {name: hf_causal_lm}`: a Hugging Face model by name, as a model of ours.
+"""LLM Foundry's `model: {name: hf_causal_lm}`: a Hugging Face model by name, as an llmfoundry model.
 
-Its config.json says the architecture, which becomes the `model` block; its weights, if they are wanted, are read by
+Its config.json determines the architecture, which becomes the `model` block; its weights, if requested, are loaded by
 `load_path: hf:NAME`.
 """
 
@@ -13,7 +13,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_tree import Note, Tree
 
 _WHERE = "model.pretrained_model_name_or_path"
-# Keys that tuned the loading of a module and change no value.
+# Keys that tune how a module is loaded and do not affect results.
 _GONE = {
     "use_auth_token": "HF_TOKEN is read from the environment",
     "trust_remote_code": "code of a hub repository is never run",
@@ -33,35 +33,35 @@ ONLY: dict[str, tuple[object, str]] = {
 _ROPE = "rope_theta", "rope_scaling"
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings", "n_ctx")
 _WEIGHTS, _RESIDUAL, _EMBEDDINGS = "attn_config.attn_pdrop", "resid_pdrop", "emb_pdrop"
-# What a config.json drops in training, and our keys for it; those of all families, and of some.
+# Dropout keys of config.json, and the llmfoundry keys for them: for all families, and by family.
 _DROPOUT = {"attention_dropout": (_WEIGHTS,)}
 _DROPOUT_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "dbrx": {"resid_pdrop": (_RESIDUAL,), "attn_config.attn_pdrop": (_WEIGHTS,)},
     "gpt2": {"resid_pdrop": (_RESIDUAL,), "embd_pdrop": (_EMBEDDINGS,), "attn_pdrop": (_WEIGHTS,)},
     "gpt_neo": {"resid_dropout": (_RESIDUAL,), "embed_dropout": (_EMBEDDINGS,)},
-    "mpt": {  # that of transformers uses attn_pdrop for both, LLM Foundry's has resid_pdrop
+    "mpt": {  # the MPT of transformers uses attn_pdrop for both; LLM Foundry's has resid_pdrop
         "attn_config.attn_pdrop": (_WEIGHTS, _RESIDUAL),
         "resid_pdrop": (_RESIDUAL,),
         "emb_pdrop": (_EMBEDDINGS,),
     },
     "opt": {"dropout": (_RESIDUAL,)},
 }
-# Keys of peft's with the values that mean what we do; fan_in_fan_out says how a weight is stored.
+# PEFT keys with the values that match llmfoundry's behavior; fan_in_fan_out only describes storage.
 _PEFT_ONLY: dict[str, tuple[object, ...]] = {
     "inference_mode": (False,), "bias": ("none", False), "fan_in_fan_out": (False, True), "init_lora_weights": (True,),
 }  # fmt: skip
-_OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # keys of ours that may stand beside
+_OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # llmfoundry keys that are also accepted
 
 
 def hugging_face_model(data: Tree) -> list[Note]:
-    """Replace a block `model: {name: hf_causal_lm, ...}` by our own, in place.
+    """Replace a block `model: {name: hf_causal_lm, ...}` by llmfoundry's equivalent, in place.
 
     Returns:
-        A line for each thing that was translated.
+        A note for each change.
 
     Raises:
-        ConfigError: a line for each mistake: the model cannot be found, no family of ours holds it, or a key asks for
-            what is not supported.
+        ConfigError: with one line per mistake: the model cannot be found, no family can represent it, or a key requests
+            something unsupported.
     """
     block = copy.deepcopy(data["model"])
     assert isinstance(block, dict)
@@ -102,7 +102,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
 
 
 def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
-    """Remove what changes no value; returns mistakes."""
+    """Remove keys that do not affect results; returns mistakes."""
     for path, why in _GONE.items():
         parent, _, key = path.rpartition(".")
         node: object = block
@@ -119,7 +119,7 @@ def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
 
 
 def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tuple[Tree, list[str], list[Note]]:
-    """The model block; the settings in which it differs from the checkpoint, for `load_allow`; notes."""
+    """Return the model block, the keys in which it differs from the checkpoint (for `load_allow`), and notes."""
     from llmfoundry.config import dump
     from llmfoundry.hf.adapters import PartOfMatrix, targets_of
     from llmfoundry.hf.facts import weight_differences
@@ -133,7 +133,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     overrides = copy.deepcopy(given)
     try:
         family, stored = read_config(settings, where, as_it_is)
-    except ConfigError as error:  # a setting that our model has no words for
+    except ConfigError as error:  # llmfoundry cannot express a setting
         family, stored = read_config(settings, where, as_it_is=True)
         notes.append(Note("model", str(error)))
     as_it_is = stored.name == "transformers"
@@ -155,7 +155,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     unknown = [key for key in overrides if key not in known] + _unknown_inside(overrides, settings, defaults)
     if unknown:
         raise ConfigError("\n".join(f"model.config_overrides.{key}: {name} has no such setting" for key in unknown))
-    if "rope_parameters" in settings:  # as `transformers` 5 writes them
+    if "rope_parameters" in settings:  # the format of `transformers` 5
         _join_rope(overrides)
     _, config = read_config(_merged(settings, overrides), where, as_it_is)
     if documents and as_it_is:
@@ -173,7 +173,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
             model["lora"], about = _lora(
                 peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted)
             )
-        except PartOfMatrix as error:  # as peft does it
+        except PartOfMatrix as error:  # use the module of `transformers`, as PEFT does
             if is_stored_otherwise(settings):  # the module cannot read them
                 raise ConfigError(f"model.peft_config.{error}") from None
             model, allow, about = _our_model(name, given, peft, as_it_is=True)
@@ -188,14 +188,14 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
 
 
 def _settings_of(kind: str) -> Tree:
-    """What a config.json of this kind may say, with its defaults."""
+    """Return what a config.json of this type may contain, with its defaults."""
     from transformers import CONFIG_MAPPING
 
     return dict(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else {}
 
 
 def _unknown_inside(overrides: Tree, settings: Mapping[str, object], defaults: Tree) -> list[str]:
-    """Paths in the nested blocks of overrides that neither the config.json nor its kind has."""
+    """Return paths in nested override blocks that neither the config.json nor its type has."""
     unknown = []
     for block, given in overrides.items():
         blocks = [each.get(block) for each in (settings, defaults)]
@@ -206,7 +206,7 @@ def _unknown_inside(overrides: Tree, settings: Mapping[str, object], defaults: T
 
 
 def _join_rope(overrides: Tree) -> None:
-    """Move the settings of rotation to where `transformers` 5 has them, in place."""
+    """Move RoPE settings to where `transformers` 5 has them, in place."""
     rope: Tree = {}
     for key in (key for key in _ROPE if key in overrides):
         value = overrides.pop(key)
@@ -220,11 +220,11 @@ def _join_rope(overrides: Tree) -> None:
 
 
 def _add_dropout(model: Tree, name: str, settings: Tree) -> list[Note]:
-    """Give a model the dropout that a config.json asks for, in place; returns notes."""
+    """Apply the dropout in a config.json to a model block, in place; returns notes."""
     from transformers import CONFIG_MAPPING
 
     kind = str(settings["model_type"])
-    theirs: Tree = CONFIG_MAPPING[kind]().to_dict() | settings  # with the defaults of what it leaves out
+    theirs: Tree = CONFIG_MAPPING[kind]().to_dict() | settings  # including defaults
     notes = []
     for path, ours in (_DROPOUT_OF.get(kind, {}) | _DROPOUT).items():
         block, _, key = path.rpartition(".")
@@ -239,7 +239,7 @@ def _add_dropout(model: Tree, name: str, settings: Tree) -> list[Note]:
 
 
 def _put(model: Tree, path: str, value: object) -> bool:
-    """Set a key of our model; False where the model has no such key."""
+    """Set a key of the model block; returns whether the model has such a key."""
     block, _, key = path.rpartition(".")
     inner = model[block] if block else model
     assert isinstance(inner, dict)
@@ -249,7 +249,7 @@ def _put(model: Tree, path: str, value: object) -> bool:
 
 
 def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> tuple[Tree, list[Note]]:
-    """`peft_config` as `model.lora`."""
+    """Convert `peft_config` to `model.lora`."""
     rest = dict(peft)
     kinds = str(rest.pop("peft_type", "LORA")).upper(), str(rest.pop("task_type", "CAUSAL_LM")).upper()
     if kinds != ("LORA", "CAUSAL_LM"):
@@ -259,7 +259,7 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
         value = rest.pop(key, None)
         if not any(value is one or (value == one and isinstance(one, str)) for one in (None, *allowed)):
             raise ConfigError(f"model.peft_config.{key}: {value!r} is not supported; leave it out")
-    rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # peft's defaults
+    rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # PEFT's defaults
     wanted = rest.pop("target_modules", None)
     if wanted is None:
         raise ConfigError(
@@ -276,14 +276,14 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
         lora["dropout"] = dropout
     if rest.pop("use_rslora", False):
         lora["use_rslora"] = True
-    rest = {key: value for key, value in rest.items() if value}  # peft's defaults
+    rest = {key: value for key, value in rest.items() if value}  # PEFT's defaults
     if rest:
         raise ConfigError(f"model.peft_config.{min(rest)}: is not supported; leave it out")
     return lora, [Note("model.peft_config", f"is now model.lora: {lora}")]
 
 
 def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
-    """Begin from the weights of a Hugging Face checkpoint, unless another one is to be loaded over them."""
+    """Start from the weights of a Hugging Face checkpoint, unless `load_path` names another one."""
     if data.get("load_path") is not None:
         return [Note("model.pretrained", f"left out, load_path={data['load_path']} brings the weights", True)]
     tokenizer = data.get("tokenizer")
@@ -299,7 +299,7 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> Tree:
-    """Nested mappings, the second over the first."""
+    """Merge nested mappings; the second takes precedence."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

@@ -1,7 +1,7 @@
-"""The operations below the layers, each beside its plain reference; the public ones by one name.
+"""Kernels and fused operations, each beside its plain PyTorch reference.
 
 `experts_ffn` is the mixture's grouped feed-forward, `linear_cross_entropy` the output head with its loss, `top_k_ids`
-the choice of experts. They take plain tensors and know nothing of the rest of this package.
+the choice of experts. They take plain tensors and do not depend on the rest of this package.
 """
 
 from llmfoundry.kernels.activations import ACTIVATIONS, GLU_ACTIVATIONS

@@ -1,8 +1,8 @@
-"""Sums of gradients: in bfloat16, rounded at random so that small terms are not lost; and of several ranks, in float32.
+"""Gradient sums: in bfloat16 with stochastic rounding, so that small terms are not lost; and over ranks, in float32.
 
-Rounded to the nearest, a term below 1/256 of the sum changes nothing, and the sum of many microbatches is too small.
-Rounded up with the probability of what is cut off, the sum is right on average. The random bits are a hash of the
-value's position and of a number that differs from sum to sum.
+With rounding to nearest, a term below 1/256 of the sum changes nothing, and the sum of many microbatches comes out too
+small. Stochastic rounding rounds up with a probability equal to the truncated fraction, so the sum is right on average.
+The random bits are a hash of the value's position and of a key that differs for each sum.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.update import hash_bits, round_bits
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 
 @torch.library.custom_op("llmfoundry::add_rounded_", mutates_args=("total",))
 def add_rounded_(total: Tensor, x: Tensor, key: int) -> None:
-    """`total += x`, in place, rounded at random.
+    """Compute `total += x` in place, with stochastic rounding.
 
     Args:
-        total: bfloat16, of fewer than 2**32 values.
+        total: bfloat16, with fewer than 2**32 values.
         x: bfloat16, of the same shape.
-        key: of 32 bits, another one for each sum (`key_of`).
+        key: 32 bits, different for each sum (`key_of`).
     """
     (add_triton if total.is_cuda and total.is_contiguous() else add_reference)(total, x, key)
 
 
 def key_of(*numbers: int) -> int:
-    """32 bits that depend on all of these numbers and their order."""
+    """Return 32 bits that depend on all of these numbers and their order."""
     key = 0
     for number in numbers:
         for part in (number & 0xFFFFFFFF, number >> 32):
@@ -52,12 +52,14 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
 
 
 def sum_parts(total: Tensor, own: Tensor | None, others: Tensor, rank: int, *, begins: bool) -> None:
-    """Add up parts in the order of ranks, in float32, or float64 where they or `total` are.
+    """Sum parts in rank order, in float32, or in float64 if they or `total` are.
 
     Args:
-        total: of n values, contiguous; it is written, and then rounded once, or with `begins: False` added to.
-        own: of n values, contiguous: the part of `rank`, which is not among the others. None: it is.
+        total: n values, contiguous. It is overwritten, or added to if `begins` is False, and rounded once.
+        own: n values, contiguous: the part of `rank`, if it is not in `others`; None if it is.
         others: (N, n), contiguous.
+        rank: this rank, where `own` is inserted.
+        begins: whether to overwrite `total`.
     """
     own = others[:0].view(-1) if own is None else own
     _add_parts(total, own, others, rank, begins)
@@ -69,7 +71,7 @@ def _add_parts(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bo
 
 
 def add_parts_reference(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
-    """`sum_parts` in plain PyTorch; `own` is empty where it is among the others."""
+    """`sum_parts` in plain PyTorch; `own` is empty if it is in `others`."""
     wide = torch.promote_types(torch.promote_types(others.dtype, total.dtype), torch.float32)
     parts = list(others.to(wide))
     if own.numel():
@@ -115,13 +117,13 @@ if triton is not None:
 
 
 def add_triton(total: Tensor, x: Tensor, key: int) -> None:
-    """`add_rounded_` by the kernel; `total` is contiguous."""
+    """`add_rounded_` by the Triton kernel; `total` is contiguous."""
     n = total.numel()
     add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, key, BLOCK=_BLOCK, num_warps=8)
 
 
 def add_parts_triton(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
-    """`sum_parts` by the kernel, in float32 or, of such parts, float64; `own` is empty where it is among the others."""
+    """`sum_parts` by the Triton kernel; `own` is empty if it is in `others`."""
     n, apart = total.numel(), own.numel() > 0
     if n == 0:
         return

@@ -1,7 +1,7 @@
-"""Activations of feed-forward blocks, plain and gated, and the derivatives that hand-written backwards need.
+"""Activations of feed-forward blocks, plain and gated, with the derivatives for hand-written backward passes.
 
 Shapes: M rows, F ffn hidden size; `...` any leading dims. A gated block's pre-activation is `[gate; up]`.
-Everything computes in float32 (float64 for float64 input) and rounds once, to the dtype of its input.
+Everything is computed in float32 (float64 for float64 input) and rounded once, to the dtype of the input.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SWIGLU_OSS_ALPHA = 1.702  # gpt-oss: gate * sigmoid(1.702 gate) * (up + 1)
-SWIGLU_OSS_LIMIT = 7.0  # its clamp when none is given
+SWIGLU_OSS_LIMIT = 7.0  # its default clamp
 _BLOCK_VALUES = 2**18
 
 
 class Scalar(NamedTuple):
-    """An elementwise function and its derivative times an incoming gradient."""
+    """An elementwise function, and its backward."""
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of value(x), x) -> gradient of x
@@ -34,7 +34,7 @@ def _swish_oss_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * s * (1 + SWIGLU_OSS_ALPHA * x * (1 - s))
 
 
-# Torch's own compute in float32 inside. `swiglu_oss` here is what gates in gpt-oss' unit.
+# PyTorch's own functions compute in float32 internally. `swiglu_oss` here is only the gate's activation in gpt-oss.
 _SCALARS: dict[str, Scalar] = {
     "silu": Scalar(F.silu, torch.ops.aten.silu_backward),
     "gelu": Scalar(F.gelu, torch.ops.aten.gelu_backward),
@@ -49,25 +49,25 @@ _SCALARS: dict[str, Scalar] = {
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64: no path may lower the precision of a float64 parity test."""
+    """Return float32, or float64 for float64, so that no path lowers the precision of float64 parity tests."""
     return torch.promote_types(dtype, torch.float32)
 
 
-# What a YAML may name for a block without a gate.
+# The activations that a YAML may name for a block without a gate.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     name: _SCALARS[name].value for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 }
-# What it may name for a gated one: `swiglu_oss`, gpt-oss' clamped unit, has no plain form.
+# The activations for a gated block; `swiglu_oss`, gpt-oss's clamped unit, has no ungated form.
 GLU_ACTIVATIONS: tuple[str, ...] = tuple(_SCALARS)
 
 
 def clamp_limit(activation: str, limit: float | None) -> float | None:
-    """The clamp that holds: the one given, or gpt-oss' own for its unit, or none."""
+    """Return the effective clamp: the given one, else gpt-oss's own for `swiglu_oss`, else None."""
     return SWIGLU_OSS_LIMIT if limit is None and activation == "swiglu_oss" else limit
 
 
 def _gate_and_up(h: Tensor, activation: str, limit: float | None) -> tuple[Tensor, Tensor]:
-    """What enters the product: (gate, up), each (..., F) in float32, clamped, up shifted by gpt-oss' 1."""
+    """Return (gate, up), each (..., F) in float32, clamped, with up shifted by 1 for gpt-oss."""
     gate, up = h.to(accumulation_dtype(h.dtype)).chunk(2, dim=-1)
     limit = clamp_limit(activation, limit)
     if limit is not None:
@@ -76,12 +76,12 @@ def _gate_and_up(h: Tensor, activation: str, limit: float | None) -> tuple[Tenso
 
 
 def glu(h: Tensor, activation: str, limit: float | None = None) -> Tensor:
-    """The gated unit `act(gate) * up`.
+    """Compute the gated unit `act(gate) * up`.
 
     Args:
         h: (..., 2F), gate then up.
         activation: one of `GLU_ACTIVATIONS`. `swiglu_oss` is `gate * sigmoid(1.702 gate) * (up + 1)`.
-        limit: clamp gate from above and up on both sides by it first, or None.
+        limit: first clamp gate from above and up on both sides; None: no clamp.
 
     Returns:
         (..., F) in the dtype of `h`.
@@ -93,9 +93,9 @@ def glu(h: Tensor, activation: str, limit: float | None = None) -> Tensor:
 
 
 def activate(h: Tensor, activation: str, gated: bool, limit: float | None = None) -> Tensor:
-    """(M, 2F) or (M, F) pre-activations -> (M, F) float32, for a caller that scales before it rounds.
+    """Compute activations (M, F) in float32 from (M, 2F) or (M, F), for a caller that scales before rounding.
 
-    Works in place on its own intermediates: not for autograd to see.
+    It works in place on its own intermediates, so autograd cannot differentiate it.
     """
     out = h.new_empty(h.shape[0], h.shape[1] // (2 if gated else 1), dtype=accumulation_dtype(h.dtype))
     for block, into in _blocks(h, out):
@@ -108,14 +108,17 @@ def activate(h: Tensor, activation: str, gated: bool, limit: float | None = None
 
 
 def activate_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None = None) -> Tensor:
-    """Gradient of `h` from that of `activate(h, ...)`.
+    """Compute the gradient of `h` from that of `activate(h, ...)`.
 
     Args:
         grad: (M, F) float32.
         h: (M, 2F) or (M, F) pre-activations, any float dtype.
+        activation: as in `activate`.
+        gated: as in `activate`.
+        limit: as in `activate`.
 
     Returns:
-        The gradient, in the shape and dtype of `h`. A clamp lets none through beyond its limit.
+        The gradient, in the shape and dtype of `h`; zero beyond the clamp's limit.
     """
     out = torch.empty_like(h)
     for block_grad, block, into in _blocks(grad, h, out):
@@ -138,7 +141,7 @@ def _block_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, limit
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of all tensors, on a CPU a block at a time: intermediates that stay in its cache take half the time."""
+    """Yield blocks of rows of all tensors. On a CPU, intermediates that fit in its cache halve the time."""
     rows = tensors[0].shape[0]
     if tensors[0].device.type == "cpu":
         rows = min(rows, max(1, _BLOCK_VALUES // max(1, tensors[0].shape[1])))

@@ -1,10 +1,11 @@
-"""Cross-entropy of a linear head, a chunk of tokens at a time: the (T, V) logits are never all alive.
+"""Cross-entropy of a linear head, computed in chunks of tokens: the full (T, V) logits never exist at once.
 
-Shapes: T tokens, D d_model, V vocab, N tokens of one piece.
-Each chunk's logits are turned into the loss and, in place of a saved graph, into the gradients of hidden states and
-weight at once; backward only scales those. Three matrix products in all, as without chunks, and nothing is recomputed.
-Logits are made a piece of a chunk at a time, for they have 4 bytes and their gradients 2: products with the gradients
-of more tokens read and write the weight's gradient less often. `cross_entropy_reference` is the plain operation.
+Shapes: T tokens, D d_model, V vocab, N tokens in one piece.
+Each chunk's logits are turned into the loss and, instead of saving a graph, immediately into the gradients of the
+hidden states and the weight; backward only scales those. There are three matrix products in all, as without chunks, and
+nothing is recomputed. Logits are computed for a piece of a chunk at a time, because they take 4 bytes and their
+gradients 2: products over more tokens read and write the weight's gradient less often. `cross_entropy_reference` is the
+plain operation.
 """
 
 from __future__ import annotations
@@ -22,38 +23,38 @@ from llmfoundry.kernels.whole import cdiv
 
 
 class Sizes(NamedTuple):
-    """How many logits and how many of their gradients are alive, at most."""
+    """The maximum numbers of logits and of their gradients in memory."""
 
     logits: int
     gradients: int
 
 
-# GPU: at most 0.63 GiB of float32 logits, and 1.25 of their gradients in bfloat16: chunks of 4,096 tokens in pieces of
-# 1,024 at Qwen3's vocabulary (151,936), of 8,192 and 2,048 at OLMoE's (50,304). Other sizes: docs/experiments.md.
-# CPU: 2^20 float32 are 4 MiB and stay in the last-level cache from the product to the softmax and back.
+# GPU: at most 0.63 GiB of float32 logits, and 1.25 GiB of their gradients in bfloat16: chunks of 4,096 tokens in pieces
+# of 1,024 for Qwen3's vocabulary (151,936), of 8,192 and 2,048 for OLMoE's (50,304). Other sizes: docs/experiments.md.
+# CPU: 2^20 float32 values are 4 MiB and stay in the last-level cache from the product to the softmax and back.
 SIZES = {"cuda": Sizes(5 * 2**25, 5 * 2**27), "cpu": Sizes(2**20, 2**20)}
-TILE = 1024  # of tokens: products of other sizes leave some of a GPU's SMs idle
+TILE = 1024  # tokens; other multiples leave some of a GPU's SMs idle
 
 
 class CrossEntropy(NamedTuple):
-    """The cost of labels in nats, float32 (float64 for float64 inputs)."""
+    """The loss of labels in nats, float32 (float64 for float64 inputs)."""
 
     total: Tensor  # ()
-    by_token: Tensor  # (T,) 0 where no label counts; no gradient
+    by_token: Tensor  # (T,) 0 for ignored labels; no gradient
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """Sum over tokens of the negative log-likelihood of `labels`: the `total` of `cross_entropy_of_tokens`."""
+    """Return the negative log-likelihood of `labels`, summed over tokens; see `cross_entropy_of_tokens`."""
     return cross_entropy_of_tokens(x, weight, labels, softcap).total
 
 
 def cross_entropy_of_tokens(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> CrossEntropy:
-    """The negative log-likelihood of `labels` under `softmax(x @ weight.T)`, summed and of each token.
+    """Compute the negative log-likelihood of `labels` under `softmax(x @ weight.T)`, summed and per token.
 
     Args:
         x: (T, D).
         weight: (V, D), in the dtype of `x`.
-        labels: (T,) int64; tokens with -100 do not count.
+        labels: (T,) int64; -100 is ignored.
         softcap: logits become `softcap * tanh(logit / softcap)`.
     """
     needs = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
@@ -61,12 +62,12 @@ def cross_entropy_of_tokens(x: Tensor, weight: Tensor, labels: Tensor, softcap: 
 
 
 def cross_entropy_by_token(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """The same of each token, (T,), for a caller who weighs tokens: backward makes each chunk's logits again."""
+    """Compute the same per token, (T,), with a gradient, to weight tokens; backward recomputes each chunk's logits."""
     return cast(Tensor, _TokenCrossEntropy.apply(x, weight, labels, softcap))
 
 
 def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """The same value and gradients from one (T, V) matrix of logits."""
+    """Compute the same value and gradients from one (T, V) matrix of logits."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(dtype) @ weight.to(dtype).T
     if softcap is not None:
@@ -92,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         by_token = x.new_empty(x.shape[:1], dtype=dtype)
         dx, dw = _loss_and_gradients(x, weight, labels, softcap, by_token, needs)
-        ctx.save_for_backward(*cast(tuple[Tensor, Tensor], (dx, dw)))  # None may be saved, which torch's stub forgets
+        ctx.save_for_backward(*cast(tuple[Tensor, Tensor], (dx, dw)))  # None may be saved, but torch's stub omits it
         ctx.dtypes = (x.dtype, weight.dtype)
         ctx.mark_non_differentiable(by_token)
         return by_token.sum(), by_token
@@ -141,15 +142,15 @@ def _loss_and_gradients(
     needs: tuple[bool, bool],
     weights: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write the loss of each token, and return the gradients of x and weight that are needed, in its dtype.
+    """Write the loss of each token, and return the required gradients of x and weight, in the dtype of `by_token`.
 
-    They are those of the sum of all losses, or of the sum by the `weights` (T,) of tokens.
+    They are the gradients of the sum of all losses, or of the sum weighted by `weights` (T,).
     """
     dtype = by_token.dtype
     dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
     dw = weight.new_empty(weight.shape, dtype=dtype) if needs[1] else None
     size, piece = _sizes(x, weight)
-    by_logits = x.new_empty(min(size, len(x)), len(weight)) if any(needs) else None  # the gradient, of one chunk
+    by_logits = x.new_empty(min(size, len(x)), len(weight)) if any(needs) else None  # gradients of one chunk's logits
     for chunk in _slices(len(x), size):
         gradient = None if by_logits is None else by_logits[: len(x[chunk])]
         for part in _slices(len(x[chunk]), piece):
@@ -159,7 +160,7 @@ def _loss_and_gradients(
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             softmax_loss(logits, labels[at], by_token[at], None if gradient is None else gradient[part], softcap,
                          None if weights is None else weights[at])  # fmt: skip
-            del logits  # before the next ones are made
+            del logits  # free them before the next are computed
         if dx is not None and gradient is not None:
             _product(gradient, weight, dtype, out=dx[chunk])
         if dw is not None and gradient is not None:
@@ -168,7 +169,7 @@ def _loss_and_gradients(
 
 
 def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Tokens of a chunk and of a piece of it: powers of two, but for the last ones and chunks made equal."""
+    """Return the tokens per chunk and per piece: powers of two, except for chunks of equal size and the last ones."""
     sizes = SIZES.get(x.device.type, SIZES["cpu"])
     chunk, piece = (1 << max(0, (size // len(weight)).bit_length() - 1) for size in (sizes.gradients, sizes.logits))
     equal = cdiv(len(x), max(1, cdiv(len(x), chunk)))
@@ -176,19 +177,19 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
-    """At least one, though of nothing."""
+    """Yield slices of n values; at least one, which may be empty."""
     return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """`a @ b` with the result in `dtype`, not rounded to the operands' on the way; written to `out`, of that dtype."""
+    """Compute `a @ b` in `dtype`, without rounding to the operands' dtype; written to `out`, if given."""
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
-    """`total += a @ b` in the dtype of `total`; where it begins, what was there before does not count."""
+    """Compute `total += a @ b` in the dtype of `total`, or overwrite it if `begins`."""
     if begins:
         _product(a, b, total.dtype, out=total)
     elif a.is_cuda and a.dtype != total.dtype:

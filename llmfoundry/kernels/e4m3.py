@@ -1,11 +1,11 @@
-"""Rows in e4m3, 8-bit floats of 3 bits of mantissa: what quantises, between the products of scaled.py.
+"""Rows in e4m3, 8-bit floats with 3 mantissa bits: the quantizing kernels between the products of scaled.py.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, M rows in expert order, N rows and J columns of a
 weight, N_TILES bound on row tiles of 128.
-A row has one scale, a power of two, by which its largest value lies between 224 and 448. Another power of two as the
-scale changes no bit of a value that does not underflow. That serves matrices that are read transposed, for 8-bit
-products read both operands along the inner dim: all rows of an expert get one scale, and are not rounded twice. A row
-with a value that is not finite has the scale NaN, and so the step is skipped as ever.
+Each row has one scale, a power of two, which brings its largest value between 224 and 448. Using another power of two
+as the scale changes no bit of a value that does not underflow. This helps matrices that are read transposed, because
+8-bit products read both operands along the inner dim: all rows of an expert are rescaled to a common scale without
+being rounded twice. A row with a non-finite value has the scale NaN, so the step is skipped as usual.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, value_and_slope
 
 E4M3 = torch.float8_e4m3fn
-LEAST = 27  # biased exponent of the smallest scale, 2^-100: the scale of a row of zeros
+LEAST = 27  # biased exponent of the smallest scale, 2^-100, used for rows of zeros
 
 
 class Scaled(NamedTuple):
-    """Values in e4m3 with what they are to be multiplied by."""
+    """Values in e4m3 with their scales."""
 
     values: Tensor  # (M, N) e4m3, or (E, N, J)
-    scale: Tensor  # (M,) float32, or (E, N); of what is transposed (E,)
+    scale: Tensor  # (M,) float32, or (E, N); (E,) for transposed matrices
 
 
 @triton.jit
 def scale_of(amax):
-    """The scale of values up to `amax`, and its inverse. 0.5714 = 1 / 1.75: 448 is 1.75 * 2^8."""
+    """Return the scale for values up to `amax`, and its inverse. 0.5714 = 1 / 1.75: 448 is 1.75 * 2^8."""
     bits = (amax * 0.5714285714285714).to(tl.int32, bitcast=True)
     exponent = tl.maximum(((bits + 0x7FFFFF) >> 23) - 8, 27)
     scale = (exponent << 23).to(tl.float32, bitcast=True)
@@ -45,19 +45,19 @@ def scale_of(amax):
 
 @triton.jit
 def largest(x):
-    """The largest magnitude of a row; infinite if a value is NaN, which a maximum passes over."""
+    """Return the largest magnitude of a row; infinite if a value is NaN, which tl.max would ignore."""
     return tl.max(tl.where(x == x, tl.abs(x), float("inf")))
 
 
 @triton.jit
 def inverse_of(scale):
-    """1 / scale of a power of two, without rounding; NaN of NaN."""
+    """Return 1 / scale for a power of two, without rounding; NaN for NaN."""
     inverse = ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     return tl.where(scale == scale, inverse, float("nan"))
 
 
 def scale_of_reference(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """`scale_of` in plain PyTorch, of float32."""
+    """`scale_of` in plain PyTorch, for float32."""
     bits = (amax * 0.5714285714285714).view(torch.int32)
     exponent = (((bits + 0x7FFFFF) >> 23) - 8).clamp(min=LEAST)
     scale, inverse = ((each << 23).view(torch.float32) for each in (exponent, 254 - exponent))
@@ -68,7 +68,7 @@ def scale_rows_reference(rows: Tensor) -> Scaled:
     """`scale_rows` in plain PyTorch."""
     rows = rows.float()
     scale, inverse = scale_of_reference(rows.abs().amax(-1))
-    # nan_to_num: the kernels' conversion takes an infinite value for the largest one, and the scale is NaN
+    # The kernels convert an infinite value to the largest one, and the scale is NaN.
     return Scaled((rows * inverse.unsqueeze(-1)).clamp(-448, 448).to(E4M3), scale)
 
 
@@ -83,7 +83,7 @@ def scale_rows_kernel(x_ptr, q_ptr, scale_ptr, J: tl.constexpr, BLOCK: tl.conste
 
 
 def scale_rows(x: Tensor) -> Scaled:
-    """Quantise each row of a contiguous tensor (..., J): 2 bytes read per value of bf16, 1 written."""
+    """Quantize each row of a contiguous tensor (..., J); reads 2 bytes per bf16 value and writes 1."""
     n_columns = x.shape[-1]
     q = torch.empty_like(x, dtype=E4M3)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -112,7 +112,7 @@ def transpose_weight_kernel(
 
 
 def transpose_weight(w: Tensor, scale: Tensor) -> Scaled:
-    """(E, N, J) weights -> (E, J, N) in e4m3 by one scale of each expert, (E,) the largest of its rows'."""
+    """Transpose and quantize (E, N, J) weights to (E, J, N) e4m3, with one scale per expert, its largest row scale."""
     n_experts, height, width = w.shape
     q = torch.empty(n_experts, width, height, dtype=E4M3, device=w.device)
     rows, columns = 128, 64
@@ -145,7 +145,7 @@ def spread_scaled_kernel(
 
 
 def gather_scaled(x: Tensor, order: Order, n_rows: int) -> Scaled:
-    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset. Each token is read once."""
+    """Quantize x (T, D) to (M, D) rows in expert order, unset after the last expert's. Reads each token once."""
     n_tokens, d_model = x.shape
     q = torch.empty(n_rows, d_model, dtype=E4M3, device=x.device)
     scale = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -186,7 +186,7 @@ def activate_scaled_kernel(
 def activate_scaled(
     h: Tensor, weights: Tensor, row_slot: Tensor, tiles: Tiles, *, activation: str, gated: bool
 ) -> Scaled:
-    """a' = s * act(h): (M, 2F) or (M, F) -> (M, F). With a gate 4 bytes read and 1 written per value of a'."""
+    """Compute and quantize a' = s * act(h): (M, 2F) or (M, F) -> (M, F). If gated, reads 4 bytes per value, writes 1"""
     n_rows, hidden = h.shape[0], h.shape[1] // (2 if gated else 1)
     q = torch.empty(n_rows, hidden, dtype=E4M3, device=h.device)
     scale = torch.empty(n_rows, dtype=torch.float32, device=h.device)
@@ -247,7 +247,7 @@ def activate_backward_scaled_kernel(
 
 
 class Backward(NamedTuple):
-    """What the way back through the activation gives."""
+    """The results of the activation's backward."""
 
     dh: Scaled  # (M, 2F) or (M, F)
     a: Scaled  # (M, F), a' = s * act(h)
@@ -257,11 +257,16 @@ class Backward(NamedTuple):
 def activate_backward_scaled(
     da: Tensor, h: Tensor, weights: Tensor, row_slot: Tensor, tiles: Tiles, *, activation: str, gated: bool
 ) -> Backward:
-    """From da' (M, F), the gradient of a' before the routing weight, to dh; 9 bytes per value of a' with a gate.
+    """Compute dh from da' (M, F), the gradient of a' before the routing weight; 9 bytes per value of a' if gated.
 
     Args:
         da: (M, F).
         h: (M, 2F) or (M, F).
+        weights: (T, K) float32 routing weights.
+        row_slot: the slot of each row.
+        tiles: of the rows.
+        activation: of the feed-forward block.
+        gated: whether it is gated.
     """
     n_rows, hidden = da.shape
     dh, a = torch.empty_like(h, dtype=E4M3), torch.empty_like(da, dtype=E4M3)
@@ -285,7 +290,7 @@ def activate_backward_scaled_reference(
 
 @triton.jit
 def source_of(row, row_slot_ptr, inside, K: tl.constexpr):
-    """Where the values of a row in expert order are: there, or at its token if K is not 0."""
+    """Return the row's index in its source: itself in expert order, or its token if K is not 0."""
     return tl.load(row_slot_ptr + row, mask=inside, other=0) // K if K > 0 else row
 
 
@@ -317,19 +322,22 @@ def transpose_rows_kernel(
         ratio = tl.load(scale_ptr + source, mask=inside, other=0.0) * inverse_of(tl.load(expert_scale_ptr + e))
         at = source.to(tl.int64)[:, None] * N + n[None, :]
         q = tl.load(q_ptr + at, mask=inside[:, None] & (n[None, :] < N), other=0.0)
-        # A row behind the expert's last is zero, even where its values are NaN: another expert's, or unset.
+        # Rows after the expert's last are zeroed, even if their values are NaN: they are another expert's, or unset.
         q = tl.where(inside[:, None], q.to(tl.float32) * ratio[:, None], 0.0).to(tl.float8e4nv)
         at = out_ptr + i.to(tl.int64) * N * BM
         tl.store(at + n[:, None] * BM + rows[None, :], q.T, mask=n[:, None] < N)
 
 
 def transpose_rows(rows: Scaled, tiles: Tiles, row_slot: Tensor | None = None, top_k: int = 0) -> Scaled:
-    """(M, N) rows -> (N_TILES, N, 128), each row tile transposed, by one scale of each expert; 2 bytes per value.
+    """Transpose each row tile, (M, N) -> (N_TILES, N, 128), with one scale per expert; 2 bytes per value.
 
-    Behind an expert's last row a tile is zero. Values below 2^-9 of the expert's scale vanish.
+    A tile is zero after an expert's last row. Values below 2^-9 of the expert's scale underflow to zero.
 
     Args:
-        rows: (M, N) in expert order; with `row_slot` (M,), which needs K, (T, N) in token order.
+        rows: (M, N) in expert order, or (T, N) in token order if `row_slot` is given.
+        tiles: of the rows.
+        row_slot: (M,) the slot of each row; needs `top_k`.
+        top_k: K, if `row_slot` is given.
     """
     n_experts, n_columns = tiles.expert_start.numel() - 1, rows.values.shape[1]
     scale = torch.empty(n_experts, dtype=torch.float32, device=rows.scale.device)
@@ -346,7 +354,7 @@ def transpose_rows(rows: Scaled, tiles: Tiles, row_slot: Tensor | None = None, t
 
 
 def rescaled_reference(rows: Scaled, spans: list[tuple[int, int]]) -> Tensor:
-    """What the values of `transpose_rows` stand for, in plain PyTorch: (M, N) float32, not transposed."""
+    """Return the values that `transpose_rows` represents, in plain PyTorch: (M, N) float32, not transposed."""
     out = torch.zeros_like(rows.values, dtype=torch.float32)
     for a, b in spans:
         scale = rows.scale[a:b].amax().clamp(min=2.0**-100) if b > a else rows.scale.new_ones(())

@@ -1,13 +1,13 @@
-"""AdamW with moments of 8 bits: one scale for every 256 values of a row, codes rounded at random, one pass.
+"""AdamW with 8-bit moments: one scale per 256 values of a row, stochastic rounding, in one pass.
 
-A block's largest value is its scale (Dettmers et al. 2021, arXiv:2110.02861). Codes are denser near zero: a first
+A block's scale is its largest value (Dettmers et al. 2021, arXiv:2110.02861). Codes are denser near zero: a first
 moment is the square of its code (127 steps and a sign), a second moment the fourth power (255 steps), so that the
-smallest values above zero are 6e-5 and 2e-10 of the largest. That takes two roots instead of a search in a table.
-Rounding at random is right on average, so small changes add up; but a second moment above zero is never rounded to
-zero, which would divide by `eps`. Blocks end with their row, and no rank has a part of a row: they are the same on
-every mesh.
+smallest values above zero are 6e-5 and 2e-10 of the largest. This takes two roots instead of a table lookup. Stochastic
+rounding is right on average, so small changes accumulate; but a positive second moment is never rounded to zero, which
+would lead to a division by `eps`. Blocks end with their row, and rows are not split over ranks, so blocks are the same
+on every mesh.
 
-Shapes: R rows of C columns, N = ceil(C / 256) blocks in a row.
+Shapes: R rows of C columns, N = ceil(C / 256) blocks per row.
 Bytes moved per value: weight 8 or 4, gradient 4 or 2, moments 4, scales 1/16, copy 2.
 """
 
@@ -24,19 +24,19 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.update import hash_bits, key_bits, load_weight, store_weight
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
-BLOCK = 256  # values of a scale
+BLOCK = 256  # values per scale
 
 
 def n_blocks(columns: int) -> int:
-    """Scales of a row."""
+    """Return the number of scales per row."""
     return -(-columns // BLOCK)
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """(..., C) int8 (signed) or uint8 codes and (..., N) scales -> (..., C) float32."""
+    """Decode (..., C) int8 (signed) or uint8 codes and (..., N) scales to (..., C) float32."""
     scale = scales.repeat_interleave(BLOCK, dim=-1)[..., : codes.shape[-1]]
     code = codes.float()
     if codes.dtype == torch.int8:
@@ -46,10 +46,12 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(..., C) float32 -> codes of `dtype` and (..., N) scales; `noise` is of 16 bits.
+    """Encode (..., C) float32 as codes of `dtype` and (..., N) scales, with stochastic rounding.
 
     Args:
-        x: not negative for uint8.
+        x: the values; not negative for uint8.
+        noise: 16 random bits per value.
+        dtype: int8 or uint8.
     """
     columns = x.shape[-1]
     size = x.abs()
@@ -111,13 +113,14 @@ def adamw_eight_bit_(
     places: list[Place],
     rule: Rule,
 ) -> None:
-    """One step of AdamW, in place, as `update.adamw_`, whose arguments the others are.
+    """Take one AdamW step in place, as `update.adamw_`, which describes the other arguments.
 
     Args:
-        weights: as there, of two or more dims.
+        weights: as in `update.adamw_`, with two or more dims.
         means: int8 codes of the first moments.
         squares: uint8 codes of the second moments.
-        mean_scales: float32, one per block, as the next.
+        mean_scales: float32, one per block.
+        square_scales: float32, one per block.
     """
     _adamw(weights, grads, means, squares, mean_scales, square_scales, beside, torch.stack(steps), divisor, skip,
            [n for place in places for n in place], list(rule))  # fmt: skip
@@ -138,7 +141,7 @@ def adamw_reference(
     place: Place,
     rule: Rule,
 ) -> None:
-    """The step of one tensor in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    """The step of one tensor in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
     lr, beta1, beta2, eps, decay = rule
@@ -155,7 +158,7 @@ def adamw_reference(
 
 
 if triton is not None:
-    _BLOCKS = 8  # of a program
+    _BLOCKS = 8  # per program
 
     @triton.jit(do_not_specialize=["columns", "per_row", "number", "start", "inner", "step"])
     def adamw_kernel(
@@ -216,7 +219,7 @@ def adamw_triton(
     place: Place,
     rule: Rule,
 ) -> None:
-    """The step of one tensor by the kernel; all but the gradient are contiguous."""
+    """The step of one tensor by the Triton kernel; all tensors but the gradient must be contiguous."""
     n, columns = m_scale.numel(), w.shape[-1]
     lr, beta1, beta2, eps, decay = rule
     adamw_kernel[(triton.cdiv(n, _BLOCKS),)](

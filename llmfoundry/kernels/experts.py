@@ -1,13 +1,13 @@
-"""The experts of a MoE layer: every token through its K experts, weighted and summed, dropless.
+"""The experts of a MoE layer: dropless, every token is processed by its K experts and their outputs summed by weight.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
-Three backends, one face. `reference` says what is computed, slowly. `grouped_mm` sorts rows by expert, runs
-one product for all experts and keeps only x and the pre-activation h for the backward. `triton` fuses that.
-Adapters are computed beside the weights by each of them (low_rank.py).
+Three backends share one interface. `reference` defines the computation, slowly. `grouped_mm` sorts rows by expert, runs
+one grouped product for all experts and keeps only x and the pre-activation h for backward. `triton` fuses this. Each
+backend computes adapters beside the weights (low_rank.py).
 
-Two identities carry the backward (SonicMoE, arXiv:2512.14080, has them too). The routing weight s scales the
-activation, a' = s * a, so the combine is a plain sum of rows and dW2 uses a' as it is. And with da' = dy @ W2
-the weight's gradient is ds = rowsum(da' * a), so no expert's output has to be kept.
+Backward relies on two identities (also in SonicMoE, arXiv:2512.14080). The routing weight s scales the activation, a' =
+s * a, so the combine is a plain sum of rows and dW2 uses a' directly. And with da' = dy @ W2, the gradient of the
+weight is ds = rowsum(da' * a), so no expert outputs are kept.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from llmfoundry.kernels.experts_grouped import experts_ffn_grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank, rounds_once
 
-Backend = Literal["reference", "grouped_mm", "triton", "e4m3"]  # e4m3: by `precision` alone, not by moe_impl
+Backend = Literal["reference", "grouped_mm", "triton", "e4m3"]  # e4m3 is selected by `precision`, not by moe_impl
 E4M3_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # without clamps
 log = logging.getLogger(__name__)
 
 
 class ExpertKind(NamedTuple):
-    """What every expert of a layer computes, as far as backends differ in it."""
+    """The properties of a layer's experts that determine which backends support them."""
 
     d_model: int
     hidden: int
     activation: str = "silu"
     biased: bool = False
     limit: float | None = None  # clamp of gate and up
-    dropout: bool = False  # of what adapters see
+    dropout: bool = False  # whether adapters use dropout
 
 
 @cache
@@ -50,11 +50,11 @@ def _say_once(message: str) -> None:
 
 @cache
 def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None  # looks into folders: too slow for each forward
+    return importlib.util.find_spec(module) is not None  # searches folders: too slow for each forward
 
 
 def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run these experts there, or None."""
+    """Return why the Triton kernels cannot run these experts on this device, or None if they can."""
     if not _is_installed("llmfoundry.kernels.experts_triton"):
         return "this build has no Triton kernels"
     if not _is_installed("triton"):
@@ -70,17 +70,17 @@ def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) 
 
 
 def _kind_refusal(kind: ExpertKind, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run these experts anywhere, or None."""
+    """Return why the Triton kernels cannot run these experts on any device, or None if they can."""
     if kind.dropout:
         return "the Triton kernels have no dropout (lora.dropout) in experts"
-    step = 16 // dtype.itemsize  # TMA: rows of 16 bytes
+    step = 16 // dtype.itemsize  # TMA needs rows of a multiple of 16 bytes
     if kind.d_model % step or kind.hidden % step:
         return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} must be multiples of {step}"
     return None
 
 
 def _grouped_mm_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `F.grouped_mm` cannot run these experts there, or None."""
+    """Return why `F.grouped_mm` cannot run these experts on this device, or None if it can."""
     if device.type == "cuda" and dtype != torch.bfloat16:
         return f"grouped_mm needs bfloat16 on a GPU, found {dtype}"
     if device.type == "cuda" and (kind.d_model % 8 or kind.hidden % 8):
@@ -93,15 +93,18 @@ def _grouped_mm_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dty
 
 @torch.compiler.assume_constant_result
 def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that `choice` stands for, for these experts on this device in this dtype.
+    """Return the backend that `choice` selects for these experts, device and dtype.
 
-    Not traced, for it asks the environment.
+    Not traced by torch.compile, because it reads the environment.
 
     Args:
         choice: `auto`, `triton`, `grouped_mm` or `reference`.
+        kind: of the experts.
+        device: where they run.
+        dtype: of their computation.
 
     Raises:
-        ValueError: the backend asked for cannot run here. `auto` falls back instead, with one warning.
+        ValueError: if the requested backend cannot run here. `auto` falls back instead, with one warning.
     """
     refusals = {
         "triton": _triton_refusal(kind, device, dtype),
@@ -110,7 +113,7 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
     }
     on_gpu = device.type == "cuda"
     if choice == "auto":
-        # Off a GPU the Triton kernels run in an interpreter, for their tests alone.
+        # Without a GPU the Triton kernels run in the interpreter, which is only for tests.
         usable = [name for name, refusal in refusals.items() if refusal is None and (on_gpu or name != "triton")]
         chosen = usable[0]
         if chosen != "triton" and on_gpu:
@@ -124,7 +127,7 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
 
 
 def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
-    """Why experts cannot compute in e4m3, or None."""
+    """Return why experts cannot be computed in e4m3, or None if they can."""
     if impl not in ("auto", "triton"):
         return f"moe_impl={impl}"
     if kind.d_model % 16 or kind.hidden % 16:
@@ -137,7 +140,7 @@ def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
 
 
 def reads_on_host(backend: Backend, device: torch.device) -> bool:
-    """Whether a backend reads the experts' loads on the host, so that no compiler can trace it."""
+    """Return whether a backend reads the experts' loads on the host, so that it cannot be traced."""
     return backend == "reference" or (backend in ("grouped_mm", "e4m3") and device.type == "cpu")
 
 
@@ -162,27 +165,27 @@ def experts_ffn(
 
     Args:
         x: (T, D) any float dtype; T may be 0.
-        weights: (T, K) float32 (float64 where x is).
-        experts: (T, K) int32 or int64. The id E says "no expert" and adds nothing.
+        weights: (T, K) float32 (float64 if `x` is).
+        experts: (T, K) int32 or int64. The id E means "no expert" and adds nothing.
         w1: (E, 2F, D) gate rows then up rows, or (E, F, D) without a gate.
         w2: (E, D, F).
         b1: (E, 2F) or (E, F), or None.
         b2: (E, D) or None.
-        activation: one of `GLU_ACTIVATIONS` with a gate, of `ACTIVATIONS` without.
+        activation: one of `GLU_ACTIVATIONS` if gated, else one of `ACTIVATIONS`.
         gated: whether w1 holds a gate.
-        backend: as `resolve_backend` returned it, or e4m3 where `e4m3_refusal` returned None.
+        backend: from `resolve_backend`, or e4m3 if `e4m3_refusal` returned None.
         limit: clamp of gate and up before the gated unit, or None.
-        n_rows: a bound on the slots that have an expert, where the caller knows one below T*K: rows are
-            allocated for that many. More slots with an expert than this is the caller's error.
-        late: w1, w2, b1, b2 and the adapters came from its `weight`; backward defers their gradients to it.
-            `reference` computes them at once, with the same result.
+        n_rows: an upper bound on the number of slots with an expert, if the caller knows one below T*K: only so many
+            rows are allocated. The caller must not exceed it.
+        late: w1, w2, b1, b2 and the adapters were passed through its `weight`; backward defers their gradients to it.
+            `reference` computes them immediately, with the same result.
         adapters: low-rank matrices beside w1 and w2.
 
     Returns:
-        (T, D) in the dtype of `x`, accumulated in float32 in the order of j: bitwise the same twice.
+        (T, D) in the dtype of `x`, accumulated in float32 in the order of j: bitwise deterministic.
 
     Raises:
-        ValueError: shapes or the activation do not fit, or the backend cannot compute these experts.
+        ValueError: if shapes or the activation do not fit, or the backend does not support these experts.
     """
     adapters = adapters or ExpertAdapters()
     _check(x, weights, experts, w1, w2, activation, gated, adapters)
@@ -194,7 +197,8 @@ def experts_ffn(
         if refusal is not None:
             raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")
     if x.numel() == 0 or experts.numel() == 0:
-        # Depends on every weight: without tokens their gradients are zeros, not absent, on this rank as on others.
+        # Depends on every weight: without tokens, this rank's weight gradients must be zeros, not None, as on other
+        # ranks.
         of_adapters = [tensor for pair in adapters.pairs for tensor in pair]
         nothing = torch.stack([w[:0].sum() for w in (w1, w2, b1, b2, *of_adapters) if w is not None]).sum()
         return x * weights.sum(1, keepdim=True).to(x.dtype) + nothing.to(x.dtype)
@@ -205,7 +209,7 @@ def experts_ffn(
             x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late
         )
     if backend == "triton":
-        # Imported here, not above: triton is not installed on every machine.
+        # imported here because Triton may not be installed
         from llmfoundry.kernels.experts_triton import experts_ffn_triton
 
         return experts_ffn_triton(
@@ -253,7 +257,7 @@ def _experts_ffn_reference(
     limit: float | None,
     adapters: ExpertAdapters,
 ) -> Tensor:
-    """Expert by expert, as the formula reads; autograd does the backward. Reads values back to the host."""
+    """Compute expert by expert, as in the formula; autograd does the backward. Synchronizes with the host."""
 
     def linear(e: int, x: Tensor, w: Tensor, b: Tensor | None, pair: LowRank | None, x_dropped: Tensor) -> Tensor:
         matrix, bias = w[e], None if b is None else b[e]

@@ -1,7 +1,7 @@
-"""The experts of a MoE layer by sorted rows and one grouped product for all experts, in plain PyTorch.
+"""The experts of a MoE layer with sorted rows and one grouped product for all experts, in plain PyTorch.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order, r rank of adapters.
-Backward is written by hand: forward keeps x, the pre-activation h, the adapters' x A^T and int32 indices.
+Backward is hand-written: forward keeps x, the pre-activation h, the adapters' x A^T and int32 indices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def experts_ffn_grouped(
     late: LateGradients | None,
     adapters: ExpertAdapters,
 ) -> Tensor:
-    """`experts.experts_ffn` by grouped products; arguments as there, checked there. There must be a token."""
+    """`experts.experts_ffn` with grouped products; arguments as there (and checked there). Needs a token."""
     unit = _Unit(activation, gated, limit)
     operands = adapters.operands(RANK_STEP if _on_gpu(x) else 1)
     return cast(
@@ -47,7 +47,7 @@ def experts_ffn_grouped(
 
 
 class _Unit(NamedTuple):
-    """What stands between the two products."""
+    """The activation between the two products."""
 
     activation: str
     gated: bool
@@ -55,13 +55,13 @@ class _Unit(NamedTuple):
 
 
 class _ExpertRows(NamedTuple):
-    """An `Order` cut to R rows. Slots without an expert point at the last one, which is kept zero."""
+    """An `Order` truncated to R rows. Slots without an expert point to the last row, which is kept zero."""
 
     expert_start: Tensor  # (E+1,)
     token: Tensor  # (R,)
     slot: Tensor  # (R,)
     of_slot: Tensor  # (T, K)
-    valid: Tensor | None  # (R,) bool; None where every row has an expert
+    valid: Tensor | None  # (R,) bool; None if every row has an expert
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -69,10 +69,10 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _ExpertRows:
-    """R rows for the slots of an order.
+    """Return R rows for the slots of an order.
 
-    Reading on a CPU how many slots have an expert is free, and the others are dropped. A GPU must not wait for that
-    number: it keeps them all (or `n_rows`), and `F.grouped_mm` leaves what is behind the last expert unset.
+    Reading the number of slots with an expert is free on a CPU, so unused slots are dropped. A GPU must not wait for
+    that number: it keeps all slots (or `n_rows`), and `F.grouped_mm` leaves the rows after the last expert unset.
     """
     n_slots = order.slot_row.numel()
     on_cpu = not _on_gpu(order.slot_row)
@@ -88,7 +88,7 @@ def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _ExpertRows:
 
 
 def _times_weights(rows: Tensor, w: Tensor, start: Tensor) -> Tensor:
-    """Each row times its expert's matrix: (R, X), (E, X, Y) -> (R, Y), unset behind the last expert."""
+    """Multiply each row by its expert's matrix: (R, X), (E, X, Y) -> (R, Y), unset after the last expert."""
     if _on_gpu(rows):
         return F.grouped_mm(rows, w, offs=start[1:])
     out = rows.new_empty(rows.shape[0], w.shape[2])
@@ -98,7 +98,7 @@ def _times_weights(rows: Tensor, w: Tensor, start: Tensor) -> Tensor:
 
 
 def _weight_gradient(left: Tensor, right: Tensor, start: Tensor) -> Tensor:
-    """Each expert's `left.T @ right` over its rows: (R, X), (R, Y) -> (E, X, Y); zero for an empty expert."""
+    """Compute each expert's `left.T @ right` over its rows: (R, X), (R, Y) -> (E, X, Y); zero for an empty expert."""
     if _on_gpu(left):
         return F.grouped_mm(left.t(), right, offs=start[1:])
     out = left.new_empty(start.numel() - 1, left.shape[1], right.shape[1])
@@ -108,13 +108,13 @@ def _weight_gradient(left: Tensor, right: Tensor, start: Tensor) -> Tensor:
 
 
 def _spans(start: Tensor) -> list[tuple[int, int]]:
-    """The rows of each expert, read on the host: for the CPU only."""
+    """Return the row range of each expert, read on the host; for the CPU only."""
     edges = start.tolist()
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 class _Context(FunctionCtx):
-    """What autograd and forward leave for the backward."""
+    """What autograd and forward save for backward."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -123,12 +123,12 @@ class _Context(FunctionCtx):
     dropout: float
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """As inherited; torch's own annotation forgets that None may be saved."""
+        """As inherited; torch's own annotation omits that None may be saved."""
         super().save_for_backward(*cast(tuple[Tensor, ...], tensors))
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """`experts_ffn` by sorted rows and grouped products. Saves x and h, and x A^T of adapters (and int32 indices)."""
+    """`experts_ffn` with sorted rows and grouped products. Saves x, h, the adapters' x A^T, and int32 indices."""
 
     @staticmethod
     def forward(
@@ -152,7 +152,7 @@ class _GroupedExperts(torch.autograd.Function):
         rows = _rows(sort_by_expert(experts, w1.shape[0]), experts.shape, n_rows)
         start = rows.expert_start
         x_rows = x.index_select(0, rows.token)  # (R, D)
-        x_kept = None if up_a is None else _draw_kept(x, dropout)  # (T, D): one choice for all of a token's experts
+        x_kept = None if up_a is None else _draw_kept(x, dropout)  # (T, D): the same mask for all of a token's experts
         u_up = _narrow(_keep(x_rows, x_kept, dropout, rows.token), up_a, start)  # (R, r)
         h = _both(x_rows, w1, u_up, up_b, start)  # (R, 2F) or (R, F)
         del x_rows
@@ -222,24 +222,24 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def _draw_kept(rows: Tensor, dropout: float) -> Tensor | None:
-    """Which values an adapter sees, by torch's generator; None: all."""
+    """Draw the dropout mask of an adapter's input, with PyTorch's generator; None: keep all."""
     return None if dropout == 0 else torch.rand_like(rows) >= dropout
 
 
 def _keep(rows: Tensor, kept: Tensor | None, dropout: float, of_row: Tensor | None = None) -> Tensor:
-    """Rows (R, X) without what was dropped, the rest scaled up; `kept` is (R, X), or (T, X) with the token of a row."""
+    """Apply dropout to rows (R, X); `kept` is (R, X), or (T, X) with each row's token in `of_row`."""
     if kept is None:
         return rows
     return rows * (kept if of_row is None else kept.index_select(0, of_row)) / (1 - dropout)
 
 
 def _narrow(rows: Tensor, a: Tensor | None, start: Tensor) -> Tensor | None:
-    """The first product of an adapter: (R, J), (E, r, J) -> (R, r)."""
+    """Compute the first product of an adapter: (R, J), (E, r, J) -> (R, r)."""
     return None if a is None else _times_weights(rows, a.transpose(1, 2), start)
 
 
 def _both(rows: Tensor, w: Tensor, u: Tensor | None, b: Tensor | None, start: Tensor) -> Tensor:
-    """`rows W^T + u B^T`. As one product where the sum has to be rounded once; that copies the layer's weights."""
+    """Compute `rows W^T + u B^T`; as one product, which copies the layer's weights, if the sum must be rounded once."""
     if u is None or b is None:
         return _times_weights(rows, w.transpose(1, 2), start)
     if rounds_once(rows.dtype):
@@ -259,7 +259,7 @@ def _both_back(
     dropout: float,
     of_row: Tensor | None = None,
 ) -> Tensor:
-    """`grad W + du A`: what reaches the input of a weight and its adapter, the latter through its dropout."""
+    """Compute `grad W + du A`, the input gradient of a weight and its adapter; the latter goes through its dropout."""
     if du is None or a is None:
         return _times_weights(grad, w, start)
     if kept is None and rounds_once(grad.dtype):
@@ -268,25 +268,25 @@ def _both_back(
 
 
 def _row_weights(weights: Tensor, rows: _ExpertRows) -> Tensor:
-    """(T, K) routing weights -> (R, 1) in expert order."""
+    """Gather (T, K) routing weights to (R, 1) in expert order."""
     return weights.reshape(-1).index_select(0, rows.slot).unsqueeze(1)
 
 
 def _row_expert(rows: _ExpertRows) -> Tensor:
-    """(R,) each row's expert; an arbitrary one for rows behind the last."""
+    """Return each row's expert, (R,); arbitrary for rows after the last expert's."""
     ends = rows.expert_start[1:]
     row = torch.arange(rows.token.numel(), dtype=ends.dtype, device=ends.device)
     return torch.searchsorted(ends, row, right=True).clamp_(max=max(ends.numel() - 1, 0))
 
 
 def _to_slots(by_row: Tensor, rows: _ExpertRows) -> Tensor:
-    """(R,) values in expert order -> (T, K), zero for slots without an expert."""
+    """Return (R,) values in expert order as (T, K), zero for slots without an expert."""
     if rows.valid is not None:
         by_row = by_row.masked_fill(~rows.valid, 0)
     return by_row.index_select(0, rows.of_slot.reshape(-1)).view(rows.of_slot.shape)
 
 
 def _sum_by_expert(rows: Tensor, start: Tensor) -> Tensor:
-    """(R, X) -> (E, X) in float32: one thread sums one column of one expert, so no atomics."""
+    """Sum rows per expert, (R, X) -> (E, X), in float32: one thread per column and expert, without atomics."""
     rows = rows.to(accumulation_dtype(rows.dtype))
     return torch.segment_reduce(rows, "sum", lengths=start.diff(), unsafe=True)

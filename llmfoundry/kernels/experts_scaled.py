@@ -1,11 +1,12 @@
-"""The experts of a MoE layer in e4m3: all six products of 8-bit operands, what is between them in 16 bits.
+"""The experts of a MoE layer in e4m3: all six products have 8-bit operands; everything between them is in 16 bits.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
-As experts_triton.py, with another division of the work: a row's scale needs the whole row, so products only store their
-sum, and what reads it back quantises: h (R, 2F) to a', and da' (R, F) with h to dh and a'. The bytes are those of an
-epilogue that stores dh in 16 bits to be read again. Weights are quantised anew in forward and, transposed, in backward:
-3 bytes per weight each, and nothing that has to follow the weights through an update, a checkpoint or shards.
-On a CPU the plain references run, in place of an emulation.
+Like experts_triton.py, but with the work divided differently: a row's scale needs the whole row, so products only store
+their result, and the kernel that reads it back quantizes it: h (R, 2F) to a', and da' (R, F) with h to dh and a'. This
+moves as many bytes as an epilogue that stores dh in 16 bits to be read again. Weights are quantized again in each
+forward and, transposed, in each backward, at 3 bytes per weight each; so updates, checkpoints and shards need no
+quantized state.
+On a CPU, the plain references run instead of an emulation.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class _Passes(NamedTuple):
 def _weight_grad(
     left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, row_slot: Tensor | None, top_k: int
 ) -> Tensor:
-    """From rows in expert order; with `row_slot`, the right ones are in token order."""
+    """Compute a weight gradient from rows in expert order; with `row_slot`, `right` is in token order."""
     turned = e4m3.transpose_rows(left, tiles), e4m3.transpose_rows(right, tiles, row_slot, top_k)
     return scaled.scaled_weight_grad(*turned, tiles, dtype)
 
@@ -107,7 +108,7 @@ def experts_ffn_scaled(
     n_rows: int | None = None,
     late: LateGradients | None = None,
 ) -> Tensor:
-    """`experts.experts_ffn` in e4m3; arguments as there, checked there. There must be a token."""
+    """`experts.experts_ffn` in e4m3; arguments as there (and checked there). Needs at least one token."""
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
@@ -131,7 +132,7 @@ def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Rows(NamedTuple):
-    """The output, and what backward needs of it."""
+    """The output, and what backward needs."""
 
     y: Tensor  # (T, D)
     h: Tensor  # (R, 2F) or (R, F)
@@ -152,13 +153,13 @@ def _forward(
     gated: bool,
     n_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_Rows`, as a tuple, which is what operators return."""
+    """Return `_Rows`, as a plain tuple for the operator."""
     order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
     matrix = run.rows(w1)
     w1_scale = matrix.scale.amax(1)
     h = run.product(run.gather(x, order, n_rows), matrix, tiles, x.dtype)
-    del matrix  # before w2's, and before the rows of y
+    del matrix  # frees memory before w2's matrix and the rows of y
     a = run.activate(h, weights, row_slot, tiles, activation=activation, gated=gated)
     matrix = run.rows(w2)
     y = run.sum_rows(run.product(a, matrix, tiles, x.dtype), order, weights.shape[1])
@@ -183,7 +184,7 @@ def _(
 
 
 class _RowGradients(NamedTuple):
-    """The gradient of the routing weights, and the rows that all others are computed from."""
+    """The gradient of the routing weights, and the rows from which all other gradients are computed."""
 
     dweights: Tensor  # (T, K) float32; empty if not needed
     dy_rows: Tensor  # (R, D) e4m3
@@ -212,7 +213,7 @@ def _backward_rows(
     n_rows: int,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_RowGradients`, as a tuple, which is what operators return."""
+    """Return `_RowGradients`, as a plain tuple for the operator."""
     order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
     dy_rows = run.gather(dy, order, n_rows)  # (R, D)
@@ -262,7 +263,7 @@ def _input_gradient(
     n_rows: int,
     top_k: int,
 ) -> Tensor:
-    """The gradient of x (T, D), from that of h (R, 2F) or (R, F) in e4m3."""
+    """Compute the gradient of x (T, D) from that of h (R, 2F) or (R, F) in e4m3."""
     run = _passes(w1)
     tiles = run.tiles(expert_start, n_rows)
     rows = run.product(Scaled(dh, dh_scale), run.turned_weight(w1, w1_scale), tiles, w1.dtype)  # (R, D)
@@ -295,7 +296,7 @@ def _weight_gradient(
     n_rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """From the gradient of a matrix' output (R, N) and its input, (R, J) in e4m3, or x (T, J) without a scale."""
+    """Compute a matrix's gradient from its output gradient (R, N) and input (R, J) in e4m3, or x (T, J), unscaled."""
     run = _passes(left)
     tiles = run.tiles(expert_start, n_rows)
     side = Scaled(left, left_scale)
@@ -320,7 +321,7 @@ def _(
 
 
 class _Context(Protocol):
-    """What autograd gives to an operator's set-up and backward."""
+    """The autograd context of the operator."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -338,19 +339,19 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     *tensors, activation, gated, n_rows = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)  # h and the scales are outputs for this alone: no zeros as their gradients
+    ctx.set_materialize_grads(False)  # h and the scales are outputs only for backward: no zero gradients
     ctx.unit = (activation, gated, n_rows)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Deferred]:
-    """The gradient of the routing weights, and functions that compute those of x and of the matrices."""
+    """Return the gradient of the routing weights, and functions that compute those of x and of the matrices."""
     x, weights, w1, w2, *order, h, w1_scale, w2_scale = ctx.saved_tensors
     need_x, need_weights, need_w1, need_w2 = needs
     dweights, dy_rows, dy_scale, dh, dh_scale, a, a_scale = _backward_rows(
         dy.contiguous(), x, weights, h, w1, w2, w1_scale, w2_scale, *order, *ctx.unit, need_weights
     )
     n_rows = ctx.unit[-1]
-    # In this order each frees as much as it can before the next.
+    # In this order, each frees as much memory as it can before the next.
     deferred: Deferred = {}
     if need_w2:
         deferred["w2"] = partial(_weight_gradient, dy_rows, dy_scale, a, a_scale, *order[:2], n_rows, w2.dtype)
@@ -371,7 +372,7 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 class _LateExperts(torch.autograd.Function):
-    """`_forward`; its backward defers the gradients of the weights."""
+    """`_forward` with a backward that defers the weight gradients."""
 
     @staticmethod
     def forward(ctx: _Context, late: LateGradients, *inputs: *Inputs) -> Tensor:
@@ -395,7 +396,7 @@ Shape = tuple[int, ...]
 def _forward_flops(
     x: Shape, weights: Shape, w1: Shape, w2: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated."""
+    """Two FLOPs per row and weight of its expert: 6*T*K*D*F if gated."""
     return 2 * weights[0] * weights[1] * (w1[1] * w1[2] + w2[1] * w2[2])
 
 

@@ -3,14 +3,15 @@
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order, r rank of adapters.
 Forward: gather, up projection with activation, down projection, sum per token. Backward: gather, gradients of
 activation and routing weights; then dw2, which frees the rows that it needs; the gradient of x, summed per token; dw1.
-These are operators of their own, so that x comes first where a collective waits for its gradient. Forward keeps x, the
-pre-activation h and int32 indices; backward computes a' = s * a and the gathered rows again. Adapters put a narrow
-product before each wide one, which adds the second narrow one in its loop; forward keeps the results, u = x A^T and
-a' A^T, too. Biases of w1 are added in its kernel, those of w2 where a token's rows are summed. The host reads nothing,
-so a CUDA graph can capture both, and the routing may change between replays.
+These are separate operators, so that x comes first if a collective waits for its gradient. Forward keeps x, the
+pre-activation h and int32 indices; backward recomputes a' = s * a and the gathered rows. Adapters add a narrow product
+before each wide one, which adds the second narrow product in its loop; forward also keeps the results, u = x A^T and a'
+A^T. Biases of w1 are added in its kernel, those of w2 where a token's rows are summed. The host reads nothing, so a
+CUDA graph can capture forward and backward, and the routing may change between replays.
 
-With few tokens the host's work counts. So row tiles are found once, in forward, and outside a compiler `_Experts` takes
-the place of the autograd that an operator registers, which is 80 us slower, and calls what operators do, not them.
+With few tokens, host overhead matters. So row tiles are computed once, in forward. Outside of torch.compile, `_Experts`
+replaces the autograd registered with the operators, which is 80 us slower, and calls the operators' implementations
+directly.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def experts_ffn_triton(
     late: LateGradients | None = None,
     adapters: ExpertAdapters | None = None,
 ) -> Tensor:
-    """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
+    """`experts.experts_ffn` with Triton kernels; arguments as there (and checked there). Needs at least one token."""
     adapters = adapters or ExpertAdapters()
     operands = adapters.operands(scaled=False)
     bound = max(1, experts.numel() if n_rows is None else min(n_rows, experts.numel()))
@@ -84,14 +85,14 @@ def experts_ffn_triton(
 
 
 def _call(operator: CustomOpDef, *arguments: object) -> Any:
-    """An operator's result; its body alone where nothing looks for operators, for torch's dispatch takes 15 us."""
+    """Call an operator, or just its implementation if nothing intercepts operators: PyTorch's dispatch takes 15 us."""
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return operator(*arguments) if watched else operator._init_fn(*arguments)
 
 
 @torch.library.custom_op("llmfoundry::sort_by_expert", mutates_args=())
 def _order(experts: Tensor, n_experts: int, n_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The order, and its row tiles as `tiles_in` reads them."""
+    """Return the order, and its row tiles in the format of `tiles_in`."""
     order = sort_by_expert_triton(experts, n_experts)
     tiles = order.expert_start.new_empty(tiles_length(n_experts, n_rows))
     tile_rows(order.expert_start, n_rows, tiles)
@@ -107,7 +108,7 @@ def _(experts: Tensor, n_experts: int, n_rows: int) -> tuple[Tensor, Tensor, Ten
 
 
 class _Rows(NamedTuple):
-    """The output, and what backward needs of it; u is empty where there is no adapter."""
+    """The output, and what backward needs; u is empty without an adapter."""
 
     y: Tensor  # (T, D)
     h: Tensor  # (R, 2F) or (R, F)
@@ -138,7 +139,7 @@ def _forward(
     n_rows: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_Rows`, as a tuple, which is what operators return."""
+    """Return `_Rows`, as a plain tuple for the operator."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
@@ -204,7 +205,7 @@ def _narrow(
     rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem,
     scale: float, order: Order | None = None, transposed: bool = False,
 ) -> tuple[Tensor, Beside | None]:  # fmt: skip
-    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A.
+    """Return an adapter's first product (R, r), and what the wide kernel adds. Forward passes A, B; backward B, A.
 
     With `order`, `rows` are tokens.
     """
@@ -216,7 +217,7 @@ def _narrow(
 
 
 class _RowGradients(NamedTuple):
-    """The gradient of the routing weights, and the rows that all others are computed from."""
+    """The gradient of the routing weights, and the rows from which all other gradients are computed."""
 
     dweights: Tensor  # (T, K) float32; empty if not needed
     dy_rows: Tensor  # (R, D)
@@ -252,7 +253,7 @@ def _backward_rows(
     scale: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_RowGradients`, as a tuple, which is what operators return."""
+    """Return `_RowGradients`, as a plain tuple for the operator."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
@@ -327,7 +328,7 @@ def _input_gradient(
     n_rows: int,
     top_k: int,
 ) -> Tensor:
-    """The gradient of x (T, D), from that of h (R, 2F) or (R, F)."""
+    """Compute the gradient of x (T, D) from that of h (R, 2F) or (R, F)."""
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
     beside = None if up_a is None else Beside(du_up, up_a)
@@ -366,9 +367,9 @@ def _weight_gradient(
     row_tiles: Tensor,
     n_rows: int,
 ) -> Tensor:
-    """The gradient of the matrix of this name, from the gradient of its output (R, N) and its input (R, J).
+    """Compute the gradient of the named matrix from its output gradient (R, N) and its input (R, J).
 
-    The input of w1 and up_a is given as x (T, D), the gradient of the output of down_b as dy (T, D).
+    For w1 and up_a, the input is x (T, D); for down_b, the output gradient is dy (T, D).
     """
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
@@ -403,7 +404,7 @@ def _(
 def _bias_gradient(
     rows: Tensor, weights: Tensor | None, expert_start: Tensor, row_slot: Tensor, slot_row: Tensor
 ) -> Tensor:
-    """The gradient of a bias (E, N), from that of what it was added to (R, N)."""
+    """Compute the gradient of a bias (E, N) from the gradient (R, N) of what it was added to."""
     return expert_sums(rows, Order(expert_start, row_slot, slot_row), weights)
 
 
@@ -413,7 +414,7 @@ def _(rows: Tensor, weights: Tensor | None, expert_start: Tensor, row_slot: Tens
 
 
 class _Context(Protocol):
-    """What autograd gives to an operator's set-up and backward."""
+    """The autograd context of the operator."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -437,12 +438,12 @@ WEIGHTS = ("w1", "w2", "b1", "b2", "up_a", "up_b", "down_a", "down_b")
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     *tensors, activation, gated, limit, n_rows, scale = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)  # h and u are outputs for this alone: no zeros as their gradients
+    ctx.set_materialize_grads(False)  # h and u are outputs only for backward: no zero gradients
     ctx.unit = (activation, gated, limit, n_rows, scale)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Deferred]:
-    """The gradient of the routing weights, and functions that compute those of x and of the matrices."""
+    """Return the gradient of the routing weights, and functions that compute those of x and of the matrices."""
     x, weights, w1, w2, *others, h, u_up, u_down = ctx.saved_tensors
     need_x, need_weights, *need_by_weight = needs
     dy = dy.contiguous()
@@ -454,7 +455,7 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
     def matrix(name: str, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
         return partial(_call, _weight_gradient, name, left, right, w1, w2, *order, n_rows)
 
-    # In this order each frees as much as it can before the next.
+    # In this order, each frees as much memory as it can before the next.
     every: Deferred = {
         "w2": matrix("w2", dy_rows, a),
         "down_b": matrix("down_b", dy, u_down),
@@ -480,7 +481,7 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 class _Experts(torch.autograd.Function):
-    """`_forward`; its backward may defer the gradients of the weights."""
+    """`_forward` with a backward that may defer the weight gradients."""
 
     @staticmethod
     def forward(ctx: _Context, late: LateGradients | None, *inputs: *Inputs) -> Tensor:
@@ -504,7 +505,7 @@ Shape = tuple[int, ...]
 def _forward_flops(
     x: Shape, weights: Shape, w1: Shape, w2: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated, without adapters."""
+    """Two FLOPs per row and weight of its expert: 6*T*K*D*F if gated, without adapters."""
     adapters = cast(tuple[Shape | None, ...], args[2:6])
     met = sum(each[1] * each[2] for each in (w1, w2, *adapters) if each is not None)
     return 2 * weights[0] * weights[1] * met
@@ -532,7 +533,7 @@ def _input_gradient_flops(
 def _weight_gradient_flops(
     name: str, left: Shape, right: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    rows = right[0] if name == "down_b" else left[0]  # the other side may be tokens
+    rows = right[0] if name == "down_b" else left[0]  # the other operand may be in token order
     return 2 * rows * left[1] * right[1]
 
 

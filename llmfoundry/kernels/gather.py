@@ -1,9 +1,10 @@
-"""Rows to expert order and back: copy each token to its rows; sum each token's rows, or each expert's.
+"""Moves rows to expert order and back: copies each token to its rows, and sums rows per token or per expert.
 
 Shapes: T tokens, D d_model, E experts, K top_k, M rows in expert order.
-All move bytes and little else. Sums run over a token's slots or an expert's rows in order: no atomics, the same twice.
-The bias of the down projection (E, D) never meets the experts' rows: it is added to the sum of a token's rows, and its
-product with a token's gradient, which the routing weights' gradient needs, is computed where that is copied to rows.
+All of these are memory-bound. Sums run over a token's slots or an expert's rows in order, without atomics, so they are
+deterministic. The bias of the down projection (E, D) is not added to the experts' rows: it is added to the sum of a
+token's rows. Its dot product with a token's gradient, which the gradient of the routing weights needs, is computed
+where that gradient is copied to rows.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 
 class Biases(NamedTuple):
-    """The biases of the down projection, and what says to which tokens they are added."""
+    """The biases of the down projection, and the tokens to which they are added."""
 
     bias: Tensor  # (E, D)
-    experts: Tensor  # (T, K), E: no expert
+    experts: Tensor  # (T, K); E means no expert
     weights: Tensor  # (T, K) float32
 
 
@@ -47,15 +48,16 @@ def spread_kernel(
 
 
 def gather(x: Tensor, order: Order, n_rows: int) -> Tensor:
-    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset."""
+    """Copy x (T, D) to (M, D) rows in expert order; rows after the last expert's are unset."""
     return gather_and_dots(x, order, n_rows, None)[0]
 
 
 def gather_and_dots(x: Tensor, order: Order, n_rows: int, biases: Biases | None) -> tuple[Tensor, Tensor | None]:
-    """`gather`, and (P, T*K) float32 parts of each slot's product of x and its expert's bias, where there are biases.
+    """`gather`, and if there are biases, (P, T*K) float32 partial dot products of x with the bias of each slot's
+    expert.
 
-    By tokens, not by rows: each is read once and written K times, where rows would read most of them K times
-    from memory, for x is larger than the L2 cache.
+    The grid is over tokens, not rows: each token is read once and written K times. A grid over rows would read most
+    tokens K times from memory, because x is larger than the L2 cache.
     """
     n_tokens, d_model = x.shape
     out = x.new_empty(n_rows, d_model)
@@ -71,13 +73,13 @@ def gather_and_dots(x: Tensor, order: Order, n_rows: int, biases: Biases | None)
 
 
 def dots_reference(x: Tensor, biases: Biases) -> Tensor:
-    """The sum of the parts of `gather_and_dots` in plain PyTorch: (T*K,)."""
+    """Compute the sum of the partial products of `gather_and_dots` in plain PyTorch: (T*K,)."""
     bias, experts, _ = biases
     return (x.float().unsqueeze(1) * _bias_of_slots(bias, experts)).sum(-1).reshape(-1)
 
 
 def _bias_of_slots(bias: Tensor, experts: Tensor) -> Tensor:
-    """(T, K, D) in float32 at least, zero where a slot has no expert."""
+    """Return the bias of each slot, (T, K, D), in float32 or wider; zero for slots without an expert."""
     padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])
     return padded.to(torch.promote_types(bias.dtype, torch.float32))[experts.long()]
 
@@ -108,7 +110,7 @@ def sum_rows_kernel(
 
 
 def sum_rows(rows: Tensor, order: Order, top_k: int, biases: Biases | None = None) -> Tensor:
-    """rows (M, D) in expert order -> (T, D): the float32 sum of each token's rows and biases, slot by slot."""
+    """Sum each token's rows and biases in float32, slot by slot: (M, D) in expert order -> (T, D)."""
     n_tokens, d_model = order.slot_row.numel() // top_k, rows.shape[1]
     out = rows.new_empty(n_tokens, d_model)
     block = min(2048, next_power_of_2(d_model))
@@ -148,10 +150,12 @@ def slot_sums_kernel(
 
 
 def slot_sums(parts: Tensor, order: Order, of_slot: Tensor | None = None) -> Tensor:
-    """parts (P, M) float32 in expert order -> (T*K,): each slot's sum of its row's parts, in order.
+    """Sum the partial values of each slot's row, in order: (P, M) float32 in expert order -> (T*K,).
 
     Args:
-        of_slot: (Q, T*K), parts in the order of slots that are added.
+        parts: (P, M).
+        order: of the rows.
+        of_slot: (Q, T*K), further partial values in slot order.
     """
     n_slots = order.slot_row.numel()
     out = torch.empty(n_slots, dtype=torch.float32, device=parts.device)
@@ -188,9 +192,11 @@ def expert_sums_kernel(
 
 
 def expert_sums(rows: Tensor, order: Order, weights: Tensor | None = None) -> Tensor:
-    """rows (M, N) in expert order -> (E, N) in their dtype: the float32 sum of each expert's, weighted or not.
+    """Sum rows per expert in float32, optionally weighted: (M, N) in expert order -> (E, N) in their dtype.
 
     Args:
+        rows: (M, N).
+        order: of the rows.
         weights: (T, K) float32, looked up by slot.
     """
     n_experts, width = order.expert_start.numel() - 1, rows.shape[1]

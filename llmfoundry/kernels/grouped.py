@@ -1,7 +1,7 @@
-"""Rows times their expert's matrix: the down projection, and the gradients of a' and x on the way back.
+"""Rows times their expert's matrix: the down projection, and the gradients of a' and x in backward.
 
 Shapes: M rows in expert order, N output width, J inner width, E experts; w (E, N, J) or, transposed, (E, J, N).
-An adapter of the matrices (rank R) is a few more steps of the same loop, from other descriptors.
+An adapter of the matrices (rank R) adds a few steps to the same loop, with other descriptors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmfoundry.kernels.whole import next_power_of_2
 
 
 class GroupedConfig(NamedTuple):
-    """Tile sizes: `columns` of the output, `depth` of the product's inner dim per step."""
+    """Tile sizes: `columns` of the output, and `depth` of the inner dim per step."""
 
     columns: int = 256
     depth: int = 64
@@ -38,7 +38,7 @@ class GroupedConfig(NamedTuple):
     num_warps: int = 8
     num_stages: int = 3
     flatten: bool = False
-    pieces: int = 1  # column pieces that the accumulator is stored in: smaller staging, more stages
+    pieces: int = 1  # column pieces in which the accumulator is stored: less staging memory, more stages
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def grouped_kernel(
         for k in tl.range(0, WIDE + RANK, BK):
             left, right, at = rows_desc, w_desc, k
             if RANK > 0:
-                if k >= WIDE:  # the last steps are the adapter's
+                if k >= WIDE:  # the last steps are those of the adapter
                     left, right, at = u_desc, v_desc, k - WIDE
             a = left.load([row, at])
             if TRANSPOSED:
@@ -82,18 +82,21 @@ def grouped(
     beside: Beside | None = None,
     config: GroupedConfig | HopperConfig = GroupedConfig(),
 ) -> Tensor:
-    """Each row times its expert's matrix.
+    """Multiply each row by its expert's matrix.
 
     Args:
         rows: (M, J) in expert order.
         w: (E, N, J), applied as `rows @ w[e].T`; or `transposed` (E, J, N), as `rows @ w[e]`.
-        beside: the product of an adapter, laid out as `w` is; it is added.
+        tiles: of the rows.
+        transposed: the layout of `w`.
+        beside: an adapter's product, laid out like `w`, which is added.
+        config: tile sizes.
 
     Returns:
-        (M, N) in the dtype of `rows`; rows behind the last expert are unset.
+        (M, N) in the dtype of `rows`; rows after the last expert's are unset.
     """
     if isinstance(config, HopperConfig):
-        from llmfoundry.kernels.hopper import grouped_hopper  # Gluon is experimental
+        from llmfoundry.kernels.hopper import grouped_hopper  # imported here because Gluon is experimental
 
         return grouped_hopper(rows, w, tiles, transposed=transposed, config=config)
     n_rows, inner = rows.shape

@@ -1,12 +1,13 @@
-"""The experts' products on Hopper, with the loads, products and stores of different tiles at the same time.
+"""The experts' products on Hopper, with the loads, products and stores of different tiles overlapped.
 
 Shapes: M rows in expert order, N output width, J inner width, P x N the gradient of a matrix, D d_model, F ffn hidden
 size, E experts.
-The plain products of `grouped.py`, `up.py` and `weight_grad.py`, bitwise the same: bf16, gated units, no adapters, no
-biases. They are written in Gluon, Triton's lower level. A program is one warp that loads and two warp groups that
-multiply, each 64 of a tile's 128 rows. They meet at barriers alone: the loads run up to STAGES steps ahead, through
-the ends of tiles, and while one group stores its rows, the other has the tensor cores.
-`tune.runs_gluon` says where these kernels run. No interpreter does; the references are those of the other files.
+These are the plain products of `grouped.py`, `up.py` and `weight_grad.py`, bitwise equal: bf16, gated units, no
+adapters, no biases. They are written in Gluon, Triton's lower-level language. A program consists of one warp that loads
+and two warp groups that multiply, each for 64 of a tile's 128 rows. They synchronize only by barriers: loads run up to
+STAGES steps ahead, across tiles, and while one group stores its rows, the other uses the tensor cores.
+`tune.runs_gluon` says where these kernels run. The interpreter does not support them; the references are those of the
+other files.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from llmfoundry.kernels.tiles import (
     unit_factors,
 )
 
-HEIGHT = gl.constexpr(TILE_ROWS // 2)  # rows that a warp group multiplies, as many as one instruction does
-WIDTH = gl.constexpr(256)  # columns of a tile, as many as one instruction does
-DEPTH = gl.constexpr(64)  # of the product's inner dim per step
+HEIGHT = gl.constexpr(TILE_ROWS // 2)  # rows per warp group, the height of one instruction
+WIDTH = gl.constexpr(256)  # columns of a tile, the width of one instruction
+DEPTH = gl.constexpr(64)  # of the inner dim per step
 STAGES = gl.constexpr(4)  # steps in shared memory, 48 KiB each
-BLOCK = gl.constexpr(64)  # columns that are stored at once: 128 bytes, the widest swizzle
-PLACES = gl.constexpr(2)  # blocks that each warp group is storing, 8 KiB each
-FAR = gl.constexpr(1073741824)  # of ragged descriptors: see `tiles.read_ragged`
-WARPS = gl.constexpr([4, 1])  # of the second group and of the loads; the first group are the program's own four
-REGISTERS = gl.constexpr([240, 24])  # of each of their threads; the first group has the second's number
+BLOCK = gl.constexpr(64)  # columns stored at once: 128 bytes, the widest swizzle
+PLACES = gl.constexpr(2)  # blocks that each warp group stores concurrently, 8 KiB each
+FAR = gl.constexpr(1073741824)  # offset of ragged descriptors, see `tiles.read_ragged`
+WARPS = gl.constexpr([4, 1])  # of the second group and of the loads; the first group is the program's own four
+REGISTERS = gl.constexpr([240, 24])  # per thread; the first group has as many as the second
 
 
 # The parts that all kernels share.
@@ -48,7 +49,7 @@ REGISTERS = gl.constexpr([240, 24])  # of each of their threads; the first group
 
 @gluon.jit
 def _memory(left_desc, right_desc, out_desc):
-    """Rings of what is multiplied, places of what is stored, and barriers: slot is full, slot is empty."""
+    """Allocate ring buffers of operands, staging buffers of results, and barriers: slot is full, slot is empty."""
     left = gl.allocate_shared_memory(left_desc.dtype, [STAGES] + left_desc.block_shape, left_desc.layout)
     right = gl.allocate_shared_memory(right_desc.dtype, [STAGES] + right_desc.block_shape, right_desc.layout)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, BLOCK], out_desc.dtype)
@@ -65,7 +66,7 @@ def _memory(left_desc, right_desc, out_desc):
 
 @gluon.jit
 def _fill(left_desc, left_at, right_desc, right_at, left, right, full, empty, step):
-    """Load a step's blocks as soon as its slot of the rings is empty."""
+    """Load a step's blocks once its slot in the ring buffers is empty."""
     slot = step % STAGES
     mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
     bar = full.index(slot)
@@ -76,7 +77,7 @@ def _fill(left_desc, left_at, right_desc, right_at, left, right, full, empty, st
 
 @gluon.jit
 def _matrix(ring, slot, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A slot of a ring without leading dims."""
+    """Return a slot of a ring buffer without leading dims."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], ring.dtype)
     return ring.index(slot)._reinterpret(ring.dtype, [ROWS, COLUMNS], layout)
 
@@ -86,7 +87,7 @@ def _multiply(
     left, right, full, empty, step, n_steps,
     SECOND: gl.constexpr, LEFT_TURNED: gl.constexpr, RIGHT_TURNED: gl.constexpr,
 ):  # fmt: skip
-    """A group's half of a tile, (64, WIDTH) float32; what is `turned` lies as (DEPTH, ...) in the rings."""
+    """Compute a group's half of a tile, (64, WIDTH) float32; `TURNED` operands lie as (DEPTH, ...) in the rings."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     acc = gl.zeros([HEIGHT, WIDTH], gl.float32, layout)
     for k in range(n_steps):
@@ -102,7 +103,7 @@ def _multiply(
             b = _matrix(right, slot, WIDTH, DEPTH).permute((1, 0))
         acc = hopper.warpgroup_mma(a, b, acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(1, [acc])
-        if k > 0:  # the step before is done
+        if k > 0:  # the previous step is done
             mbarrier.arrive(empty.index((step - 1) % STAGES))
         step += 1
     acc = hopper.warpgroup_mma_wait(0, [acc])
@@ -113,7 +114,7 @@ def _multiply(
 
 @gluon.jit
 def _skip(full, empty, step, n_steps):
-    """What `_multiply` does with the barriers, for the second group where a tile has no rows in its half."""
+    """Handle the barriers like `_multiply`, for the second group if its half of a tile has no rows."""
     for _ in range(n_steps):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), step // STAGES & 1)
@@ -134,7 +135,7 @@ def _store(desc, at, places, SECOND: gl.constexpr, NUMBER: gl.constexpr, value):
 
 @gluon.jit
 def _blocks(acc):
-    """Two or four (64, 64) blocks, from left to right."""
+    """Split into two or four (64, 64) blocks, from left to right."""
     left, right = _halves(acc)
     if acc.shape[1] == 2 * BLOCK:
         return (left, right)
@@ -150,7 +151,7 @@ def _halves(acc):
 
 
 def _described(desc: TritonDescriptor) -> TensorDescriptor:
-    """A descriptor with the layout of its blocks in shared memory, which Triton chooses itself and Gluon does not."""
+    """Return a descriptor with the layout of its blocks in shared memory, which Triton infers but Gluon does not."""
     layout = gl.NVMMASharedLayout.get_default_for(desc.block_shape, gl.bfloat16)
     return TensorDescriptor(desc.base, desc.shape, desc.strides, desc.block_shape, layout)
 
@@ -242,7 +243,7 @@ def grouped_hopper(rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool, c
     return out
 
 
-# The up projection of gated units, with the activation. A tile has as many columns of gate as of up.
+# The up projection of gated units, with the activation. A tile has as many gate columns as up columns.
 
 
 @gluon.jit
@@ -395,7 +396,7 @@ def weight_grad_hopper_kernel(
 
 
 def weight_grad_hopper(left: Tensor, right: Tensor, tiles: Tiles, *, config: HopperConfig) -> Tensor:
-    """`weight_grad.weight_grad`, for bf16."""
+    """`weight_grad.weight_grad` for bf16."""
     n_experts = tiles.expert_start.numel() - 1
     out = left.new_empty(n_experts, left.shape[1], right.shape[1])
     programs = n_programs(left.device)

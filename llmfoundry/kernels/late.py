@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-Deferred = dict[str, Callable[[], Tensor]]  # what computes the gradient of each weight, and of the input as "x"
+Deferred = dict[str, Callable[[], Tensor]]  # computes the gradient of each weight, and of the input as "x"
 
 
 class LateGradients:
@@ -30,11 +30,11 @@ class LateGradients:
     @overload
     def weight(self, name: str, weight: Tensor | None) -> Tensor | None: ...
     def weight(self, name: str, weight: Tensor | None) -> Tensor | None:
-        """The same weight for the operator to use; a node that is created now computes its gradient."""
+        """Return the same weight for the operator to use; the node created here computes its gradient later."""
         return None if weight is None else cast(Tensor, _Late.apply(weight, self, name))
 
     def defer(self, name: str, compute: Callable[[], Tensor]) -> None:
-        """Called by the operator's backward, which then returns None as the gradient of the weight of this name."""
+        """Defer a gradient; called by the operator's backward, which then returns None for this weight."""
         self._deferred[name] = compute
 
     def compute(self, name: str) -> Tensor:
@@ -43,12 +43,13 @@ class LateGradients:
 
 
 def computed(deferred: Deferred, late: LateGradients | None = None) -> dict[str, Tensor]:
-    """The gradients, computed now, in order; or that of "x" alone, where those of weights are left to `late`.
+    """Compute the gradients in order. With `late`, compute only that of "x" and defer those of the weights.
 
-    A collective may wait for the gradient of x.
+    A collective may be waiting for the gradient of x.
 
     Args:
-        deferred: is emptied, which frees what only the first need before the next are computed.
+        deferred: is emptied, so that inputs are freed as soon as no later gradient needs them.
+        late: receives the weight gradients; None: compute all now.
     """
     found: dict[str, Tensor] = {}
     for name in list(deferred):
@@ -66,7 +67,7 @@ class _Context(FunctionCtx):
 
 
 class _Late(torch.autograd.Function):
-    """The weight itself."""
+    """The identity on the weight."""
 
     @staticmethod
     def forward(ctx: _Context, weight: Tensor, late: LateGradients, name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""Lion in one pass: weights move by the sign of a mean of momentum and gradient, then the momentum is updated.
+"""Lion in one pass: updates weights by the sign of an average of momentum and gradient, then the momentum.
 
-As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights in bfloat16 are
-rounded at random, by the same bits on every mesh.
+As in `update.py`, the gradient scale and the skip flag are read on the device, and bfloat16 weights use stochastic
+rounding, with the same random bits on every mesh.
 
 Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8, copy 2.
 
@@ -22,7 +22,7 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.update import load_weight, noise_bits, store_weight
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 
@@ -42,17 +42,17 @@ def lion_(
     beta2: float,
     keep: float,
 ) -> None:
-    """`w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g`, in place.
+    """Compute `w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g` in place.
 
     Args:
-        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
+        weight: not empty; bfloat16 is rounded stochastically, unless its low half is in `beside`.
         moment: float32 (float64 on CPUs).
-        grad: of any float dtype; it is divided by `divisor`, and read only.
-        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
+        grad: of any float dtype; divided by `divisor`, and not modified.
+        beside: a bfloat16 copy, which receives the new weight, or the int16 low half (halves.py); or nothing.
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
-        skip: () float32; 1 leaves everything as it is.
-        place: the `Place` of this part in its whole tensor.
+        skip: () float32; if 1, nothing is changed.
+        place: the `Place` of this part in its full tensor.
     """
     dense = all(each.is_contiguous() for each in (weight, moment, *beside))
     run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
@@ -74,7 +74,7 @@ def lion_reference(
     beta2: float,
     keep: float,
 ) -> None:
-    """`lion_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    """`lion_` in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
     scaled = grad.to(moment.dtype) / divisor.to(moment.dtype)
@@ -123,7 +123,7 @@ def lion_triton(
     beta2: float,
     keep: float,
 ) -> None:
-    """`lion_` by the kernel; all but the gradient are contiguous."""
+    """`lion_` by the Triton kernel; all tensors but the gradient must be contiguous."""
     n = weight.numel()
     lion_kernel[(triton.cdiv(n, _BLOCK),)](
         weight, moment, grad.contiguous(), beside[0] if beside else weight, step, divisor, skip, n, *place, lr, beta1,

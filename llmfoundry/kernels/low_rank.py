@@ -1,9 +1,10 @@
 """Adapters computed beside a frozen weight: y = x W^T + s (x A^T) B^T.
 
 Shapes: T tokens, E experts, J inner width of a weight, N its outputs, r rank; W (E, N, J), A (E, r, J), B (E, N, r).
-Added to the weight instead, in bf16 a change below 1/256 of a weight is lost. Added to x W^T after that was rounded,
-the same share of it is lost: the sum rounds back to where it was. So x A^T is a product of its own, r columns wide, and
-its product with B^T goes into the float32 accumulator of the frozen product: the sum is rounded once.
+If the adapter were merged into a bf16 weight, changes below 1/256 of the weight would be lost. If it were added to x
+W^T after rounding, the same share of the output would be lost, because the sum rounds back. So x A^T is a separate
+product, r columns wide, and its product with B^T is added to the float32 accumulator of the frozen product: the sum is
+rounded only once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llmfoundry.kernels.late import LateGradients
 
-RANK_STEP = 16  # the least inner width of a product on tensor cores; smaller ranks are filled up with zeros
+RANK_STEP = 16  # minimum inner width of a tensor core product; smaller ranks are zero-padded
 
 
 def rounds_once(dtype: torch.dtype) -> bool:
-    """Whether a sum with an adapter has to be rounded once: float32 has bits to spare."""
+    """Return whether a sum with an adapter must be rounded only once; float32 has enough precision without it."""
     return dtype.itemsize < 4
 
 
@@ -33,7 +34,7 @@ class LowRank(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the products read: ranks filled up to a multiple. None: that weight has no adapter."""
+    """The operands of the products, with padded ranks. None if the weight has no adapter."""
 
     up_a: Tensor | None  # (E, r, D)
     up_b: Tensor | None  # (E, 2F, r)
@@ -47,23 +48,23 @@ class ExpertAdapters(NamedTuple):
     up: LowRank | None = None  # of w1
     down: LowRank | None = None  # of w2
     scale: float = 1.0
-    dropout: float = 0.0  # of what A sees; 0 outside training
+    dropout: float = 0.0  # of A's input; 0 outside training
 
     @property
     def pairs(self) -> list[LowRank]:
-        """Those that exist."""
+        """The adapters that exist."""
         return [pair for pair in (self.up, self.down) if pair is not None]
 
     def operands(self, step: int = RANK_STEP, *, scaled: bool = True) -> Operands:
-        """The tensors as products read them, B times the scale if `scaled`; gradients flow back through."""
+        """Return the operands of the products, with B scaled if `scaled`; gradients flow back through this."""
         return Operands(*self._operands_of(self.up, step, scaled), *self._operands_of(self.down, step, scaled))
 
     def deferred(self, late: LateGradients) -> ExpertAdapters:
-        """The same adapters; nodes that are created now compute the gradients of their operands."""
+        """Return the same adapters; nodes created here compute the gradients of their operands later."""
         names = Operands._fields
         tensors = [late.weight(name, tensor) for name, tensor in zip(names, self.operands(), strict=True)]
         up, down = (None if a is None or b is None else LowRank(a, b) for a, b in (tensors[:2], tensors[2:]))
-        return ExpertAdapters(up, down, dropout=self.dropout)  # B holds the scale now
+        return ExpertAdapters(up, down, dropout=self.dropout)  # B now includes the scale
 
     def _operands_of(self, pair: LowRank | None, step: int, scaled: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if pair is None:
@@ -75,12 +76,12 @@ class ExpertAdapters(NamedTuple):
 
 @torch.library.custom_op("llmfoundry::frozen_linear_plus", mutates_args=())
 def frozen_linear_plus(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
-    """`x W^T + addend`, rounded once: an operator of its own, as a compiler would take the sum apart.
+    """Compute `x W^T + addend`, rounded once. A separate operator, because a compiler would split the sum.
 
     Args:
         x: (T, J).
         weight: (N, J), which gets no gradient.
-        addend: (T, N), what an adapter adds.
+        addend: (T, N), the adapter's output.
     """
     return torch.addmm(addend, x, weight.t())
 

@@ -1,11 +1,10 @@
-"""The parts of Muon: the momentum in one pass, the nearest orthogonal matrices, and the weights in one pass.
+"""The parts of Muon: momentum in one pass, orthogonalization, and the weight update in one pass.
 
-As in `update.py`, the scale of the gradients and the flag to skip are read on the device. A momentum and weights in
-bfloat16 are rounded at random, by the same bits on every mesh.
+As in `update.py`, the gradient scale and the skip flag are read on the device. Momentum and weights in bfloat16 use
+stochastic rounding, with the same random bits on every mesh.
 
 Shapes: N matrices of R rows and C columns in one batch.
-Bytes moved per value: gradient 4 or 2, momentum 8 or 4, direction 2 or 4 written and later read, weight 8 or
-4, copy 2.
+Bytes moved per value: gradient 4 or 2, momentum 8 or 4, direction 2 or 4 written and later read, weight 8 or 4, copy 2.
 
 Source: Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
 """
@@ -25,30 +24,30 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.update import load_weight, noise_bits, round_bits, store_weight
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
-# Of the polynomial a x + b x^3 + c x^5. Its slope at zero is as large as it can be, so that small singular values grow
-# fast; the large ones end between 0.7 and 1.2.
+# Of the polynomial a x + b x^3 + c x^5. Its slope at zero is as large as possible, so that small singular values grow
+# fast; large ones end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# A step multiplies what rounding made of the least eigenvalues by up to a^2 = 12. In bfloat16 that may be -1e-3 at
-# first, and at about -1 the polynomial diverges. In the last of this many steps it is -0.14, and needs no next Gram
-# matrix; then the product is taken anew from the matrix itself.
+# Each step multiplies the rounding error of the smallest eigenvalues by up to a^2 = 12. In bfloat16 it may be -1e-3 at
+# first, and at about -1 the polynomial diverges. In the last of this many steps it is -0.14, and no further Gram matrix
+# is needed; then the Gram matrix is recomputed from the matrix itself.
 _STEPS_OF_GRAM = 3
-_LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
+_LEAST_NORM = 1e-7  # minimum norm that a matrix is divided by: a zero gradient stays zero
 
 
 def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """The orthogonal matrices nearest to these, about: singular values between 0.7 and 1.2, by Newton-Schulz.
+    """Approximate the nearest orthogonal matrices by Newton-Schulz: singular values end between 0.7 and 1.2.
 
-    `x <- (a + b g + c g^2) x` with `g = x x^T`, or with columns for rows where they are fewer. The factors commute with
-    `g`, so the iteration runs on the S x S matrices alone: `g <- f g f` and `q <- f q`, all symmetric, and `q x` comes
-    after three steps and at the end. In exact arithmetic that is the plain iteration. The norm is the root of the first
-    `g`'s trace and divides nothing in memory: it scales the products that come first.
+    `x <- (a + b g + c g^2) x` with `g = x x^T`, or on the other side if there are fewer columns than rows. The factors
+    commute with `g`, so the iteration runs only on the S x S matrices: `g <- f g f` and `q <- f q`, all symmetric, and
+    `q x` is computed after three steps and at the end. In exact arithmetic this equals the plain iteration. The norm is
+    the root of the first `g`'s trace. No tensor is divided by it: it scales the first products.
 
     Args:
-        x: (N, R, C) of any float dtype, the one of the products; norms up to 1e9.
-        steps: of the iteration.
+        x: (N, R, C) of any float dtype, which is also that of the products; norms up to 1e9.
+        steps: number of iterations.
 
     Returns:
         (N, R, C).
@@ -59,7 +58,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     wide = x.shape[1] <= x.shape[2]
     for first in range(0, steps, _STEPS_OF_GRAM):
         gram = symmetric_product(x if wide else x.mT)
-        square: Scale = 1.0  # what the Gram matrix is still to be multiplied by
+        square: Scale = 1.0  # remaining factor of the Gram matrix
         root: Scale = 1.0
         if first == 0:
             exact = torch.promote_types(x.dtype, torch.float32)
@@ -77,20 +76,23 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
                 product, root = symmetric_product(product, factor, alpha=root), 1.0
         assert product is not None
         x = product @ x if wide else x @ product
-        if isinstance(root, Tensor):  # a single step
+        if isinstance(root, Tensor):  # after a single step
             x.mul_(root[:, None, None])
     return x
 
 
 def orthogonalize_flops(rows: int, columns: int, steps: int, *, halves: bool = True) -> float:
-    """FLOPs of `orthogonalize` for one matrix.
+    """Return the FLOPs of `orthogonalize` for one matrix.
 
     Args:
-        halves: whether of symmetric products a half is computed, as on GPUs; tiles on the diagonal count as halves.
+        rows: R.
+        columns: C.
+        steps: number of iterations.
+        halves: whether only half of each symmetric product is computed, as on GPUs; diagonal tiles count as halves.
     """
     short, long = min(rows, columns), max(rows, columns)
     runs = [min(_STEPS_OF_GRAM, steps - first) for first in range(0, steps, _STEPS_OF_GRAM)]
-    small = sum(4 * run - 3 for run in runs)  # of a run's steps each has four products, the first and last but one less
+    small = sum(4 * run - 3 for run in runs)  # four products per step; one fewer in the first, two in the last
     symmetric = 2 * short * short * (long * len(runs) + short * small)
     return symmetric / (2 if halves else 1) + 2 * short * short * long * len(runs)
 
@@ -108,16 +110,18 @@ def momentum_(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """`m = momentum m + (1 - momentum) g`, in place, and what is made orthogonal: m, or with Nesterov one step ahead.
+    """Update `m = momentum m + (1 - momentum) g` in place, and write the direction: m, or with Nesterov one step ahead.
 
     Args:
         moment: float32 or bfloat16 (float64 on CPUs).
-        direction: contiguous, of any float dtype; it is written, or left as it is in a step that is skipped.
-        grad: it is divided by `divisor`, and read only.
+        direction: contiguous, of any float dtype; overwritten, unless the step is skipped.
+        grad: divided by `divisor`, and not modified.
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
-        skip: () float32; 1 leaves everything as it is.
-        place: the `Place` of this part in its whole tensor.
+        skip: () float32; if 1, nothing is changed.
+        place: the `Place` of this part in its full tensor.
+        momentum: the decay rate.
+        nesterov: whether to use Nesterov momentum.
     """
     run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
     run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
@@ -135,7 +139,7 @@ def momentum_reference(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """`momentum_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    """`momentum_` in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
     dtype = torch.promote_types(moment.dtype, torch.float32)
@@ -159,15 +163,15 @@ def apply_direction_(
     lr: float,
     keep: float,
 ) -> None:
-    """`w = keep w - lr direction`, in place.
+    """Compute `w = keep w - lr direction` in place.
 
     Args:
-        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
-        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
+        weight: not empty; bfloat16 is rounded stochastically, unless its low half is in `beside`.
+        beside: a bfloat16 copy, which receives the new weight, or the int16 low half (halves.py); or nothing.
         direction: of the same shape, of any float dtype.
         step: () float32, counted from 1, for the random bits.
-        skip: () float32; 1 leaves everything as it is.
-        place: the `Place` of this part in its whole tensor.
+        skip: () float32; if 1, nothing is changed.
+        place: the `Place` of this part in its full tensor.
     """
     dense = all(each.is_contiguous() for each in (weight, *beside))
     run = apply_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else apply_reference
@@ -185,7 +189,7 @@ def apply_reference(
     lr: float,
     keep: float,
 ) -> None:
-    """`apply_direction_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    """`apply_direction_` in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
     other = beside[0] if beside else None
@@ -246,7 +250,7 @@ def momentum_triton(
     momentum: float,
     nesterov: bool,
 ) -> None:
-    """`momentum_` by the kernel; `moment` is contiguous, in float32 or bfloat16."""
+    """`momentum_` by the Triton kernel; `moment` is contiguous, in float32 or bfloat16."""
     n = moment.numel()
     momentum_kernel[(triton.cdiv(n, _BLOCK),)](
         moment, direction, grad.contiguous(), step, divisor, skip, n, *place, 1 - momentum, momentum,
@@ -265,7 +269,7 @@ def apply_triton(
     lr: float,
     keep: float,
 ) -> None:
-    """`apply_direction_` by the kernel; weight and copy are contiguous."""
+    """`apply_direction_` by the Triton kernel; weight and copy are contiguous."""
     n = weight.numel()
     apply_kernel[(triton.cdiv(n, _BLOCK),)](
         weight, beside[0] if beside else weight, direction.contiguous(), step, skip, n, *place, lr, keep,

@@ -1,8 +1,8 @@
-"""Products as wide as an adapter's rank: rows times their expert's narrow matrix, and the gradients of such matrices.
+"""Products of an adapter's width: rows times their expert's narrow matrix, and the gradients of such matrices.
 
 Shapes: T tokens, K top_k, M = T*K rows in expert order, J inner width, r rank, E experts.
-At such a width the time is that of reading the wide side. With an `order`, it is given as tokens and read by index:
-a token's K rows come from the L2 cache then, where gathered rows would come from memory.
+These products are bound by reading the wide operand. With an `order`, it is given as tokens and read by index: a
+token's K rows are then read from the L2 cache, whereas gathered rows would come from memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmfoundry.kernels.tiles import TILE_ROWS, Tiles
 from llmfoundry.kernels.weight_grad import weight_grad_reference
 from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
-MOST_RANKS = 64  # columns of an adapter's side in one program: more would spill
+MOST_RANKS = 64  # maximum adapter columns per program; more would spill registers
 
 
 class NarrowConfig(NamedTuple):
-    """Tile sizes of `narrow`: `depth` of the product's inner dim per step."""
+    """Tile sizes of `narrow`: `depth` of the inner dim per step."""
 
     depth: int = 64
     num_warps: int = 4
@@ -31,7 +31,7 @@ class NarrowConfig(NamedTuple):
 
 
 class NarrowGradConfig(NamedTuple):
-    """Tile sizes of `narrow_grad`: `width` columns of the wide side, `depth` rows per step."""
+    """Tile sizes of `narrow_grad`: `width` columns of the wide operand, `depth` rows per step."""
 
     width: int = 128
     depth: int = 64
@@ -78,15 +78,20 @@ def narrow(
     transposed: bool = False,
     config: NarrowConfig = NarrowConfig(),
 ) -> Tensor:
-    """Each row times its expert's narrow matrix, times `scale`.
+    """Multiply each row by its expert's narrow matrix and by `scale`.
 
     Args:
         rows: (M, J) in expert order; with `order`, tokens (T, J).
         w: (E, r, J), applied as `rows @ w[e].T`; or `transposed` (E, J, r), as `rows @ w[e]`.
+        tiles: of the rows.
         n_rows: M.
+        scale: factor on the result.
+        order: of the rows, if `rows` are tokens.
+        transposed: the layout of `w`.
+        config: tile sizes.
 
     Returns:
-        (M, r) in the dtype of `rows`; rows behind the last expert are unset.
+        (M, r) in the dtype of `rows`; rows after the last expert's are unset.
     """
     inner, rank = rows.shape[1], w.shape[2] if transposed else w.shape[1]
     out, block = rows.new_empty(n_rows, rank), _block(rank)
@@ -112,8 +117,8 @@ def narrow_grad_kernel(
     rows_ptr, u_ptr, out_ptr, row_slot_ptr, start_ptr, by_load_ptr, J, R,
     K: tl.constexpr, WIDE_FIRST: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # By index, all experts go through a block of columns together, which the L2 cache holds: 16,384 tokens of 128
-    # columns in bfloat16 are 4 MB. Rows of its own are read by one expert alone, so its blocks of columns go together.
+    # By index, all experts process a block of columns together, which the L2 cache holds: 16,384 tokens of 128 columns
+    # in bfloat16 are 4 MB. Rows in expert order are read by only one expert, so its column blocks run together.
     e = tl.load(by_load_ptr + tl.program_id(0 if K > 0 else 1)).to(tl.int64)
     columns = tl.program_id(1 if K > 0 else 0) * BJ + tl.arange(0, BJ)
     r = tl.program_id(2) * BR + tl.arange(0, BR)
@@ -121,7 +126,7 @@ def narrow_grad_kernel(
     end = tl.load(start_ptr + e + 1)
     rows = start + tl.arange(0, BK)
     acc = tl.zeros([BJ, BR], dtype=tl.float32)
-    # Tokens are loaded one step ahead: loaded where they are used, they would leave the pipeline two stages.
+    # Token ids are loaded one step ahead: loaded where they are used, they would leave only two pipeline stages.
     source = rows if K == 0 else tl.load(row_slot_ptr + rows, mask=rows < end, other=0) // K
     for first in tl.range(start, end, BK):
         rows = first + tl.arange(0, BK)
@@ -147,11 +152,15 @@ def narrow_grad(
     order: Order | None = None,
     config: NarrowGradConfig = NarrowGradConfig(),
 ) -> Tensor:
-    """`rows[of e].T @ u[of e]` for each expert e, or its transpose.
+    """Compute `rows[of e].T @ u[of e]` for each expert e, or its transpose.
 
     Args:
         rows: (M, J) in expert order; with `order`, tokens (T, J).
         u: (M, r) in expert order.
+        tiles: of the rows.
+        wide_first: the layout of the result.
+        order: of the rows, if `rows` are tokens.
+        config: tile sizes.
 
     Returns:
         (E, J, r) if `wide_first`, else (E, r, J), in the dtype of `rows`; zero for an expert without rows.
@@ -181,7 +190,7 @@ def _block(rank: int) -> int:
 
 
 def _index(rows: Tensor, order: Order | None) -> tuple[Tensor | None, int]:
-    """The slots of rows and how many a token has; 0: `rows` are those of the product."""
+    """Return the slots of the rows and the number of slots per token; 0 if `rows` are in expert order."""
     return (None, 0) if order is None else (order.row_slot, order.row_slot.numel() // rows.shape[0])
 
 

@@ -1,10 +1,10 @@
-"""RMSNorm of queries and keys and their rotation, in one pass over the projection's output, forward and backward.
+"""Fused RMSNorm and RoPE of queries and keys, in one pass over the projection's output, forward and backward.
 
 Shapes: B rows, S sequence, H query heads, G kv heads, C head_dim, N = H or G heads.
-Forward reads queries and keys once and writes them once; values stay where they are. Backward reads both again, with
-the three gradients, and writes the gradient of the projection's output, values included: nothing is concatenated.
-The norm is over each head, with C weights, or over all heads together, with N C weights. All is computed in float32
-and rounded once. Each program adds up weight gradients of its tokens in order, so two runs give the same bits.
+Forward reads and writes queries and keys once; values stay in place. Backward reads both again, with the three
+gradients, and writes the gradient of the projection's output, including values, without concatenation. The norm is over
+each head, with C weights, or over all heads together, with N C weights. Everything is computed in float32 and rounded
+once. Each program sums the weight gradients of its tokens in order, so results are bitwise deterministic.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.autograd.function import FunctionCtx
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 
 class Projected(NamedTuple):
-    """Queries, keys and values of a projection."""
+    """The queries, keys and values of a projection."""
 
     q: Tensor  # (B, S, H, C)
     k: Tensor  # (B, S, G, C)
@@ -34,7 +34,7 @@ class Projected(NamedTuple):
 def norm_rotate(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, n_heads: int, kv_heads: int, eps: float
 ) -> Projected:
-    """Normalise and rotate the queries and keys of a projection.
+    """Normalize and rotate the queries and keys of a projection.
 
     Args:
         qkv: (B, S, (H + 2G) C) contiguous, bfloat16, float16 or float32, on a GPU.
@@ -42,6 +42,8 @@ def norm_rotate(
         k_weight: (C,) or (G C,).
         cos: (S, 1, C/2) or (B, S, 1, C/2) float32.
         sin: as `cos`.
+        n_heads: H.
+        kv_heads: G.
         eps: of the norm.
     """
     return Projected(*_NormRotate.apply(qkv, q_weight, k_weight, cos, sin, n_heads, kv_heads, eps))
@@ -64,7 +66,7 @@ def norm_rotate_reference(
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether `norm_rotate` runs on this tensor's device, in its dtype."""
+    """Return whether `norm_rotate` supports this tensor's device and dtype."""
     return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
@@ -148,12 +150,12 @@ def _empty_gradients(
 
 def _programs(device: torch.device, per_sm: int) -> int:
     if device.type != "cuda":
-        return 2  # the interpreter runs them one after the other; two of them share the tokens
+        return 2  # the interpreter runs programs one after another; two programs share the tokens
     return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
 
 
 def _warps(constants: dict[str, int | bool]) -> int:
-    """So many that a thread holds at most 16 values of each half of a token's queries."""
+    """Return enough warps that each thread holds at most 16 values of each half of a token's queries."""
     return min(16, max(4, constants["HP"] * constants["HALFP"] // 512))
 
 
@@ -169,7 +171,7 @@ if triton is not None:
 
     @triton.jit
     def _halves(ptr, stride, N: tl.constexpr, NP: tl.constexpr, HALF: tl.constexpr, HALFP: tl.constexpr):
-        """The two halves of each head, (N, C/2) float32 each, padded with zeros."""
+        """Load the two halves of each head, (N, C/2) float32 each, padded with zeros."""
         n, d = tl.arange(0, NP)[:, None], tl.arange(0, HALFP)[None, :]
         inside = (n < N) & (d < HALF)
         at = n * stride + d
@@ -186,7 +188,7 @@ if triton is not None:
 
     @triton.jit
     def _mean(x, N: tl.constexpr, HALF: tl.constexpr, EACH: tl.constexpr):
-        """Over each head, or over all of them, of the sum of both halves; broadcasts to (N, C/2)."""
+        """Average the sum of both halves over each head, or over all heads; broadcasts to (N, C/2)."""
         if EACH:
             return (tl.sum(x, axis=1) / (2 * HALF))[:, None]
         else:
@@ -225,7 +227,7 @@ if triton is not None:
         dy_ptr, dy_stride, x_ptr, dx_ptr, w_a, w_b, dw_a, dw_b, cos, sin, eps, N: tl.constexpr, NP: tl.constexpr,
         HALF: tl.constexpr, HALFP: tl.constexpr, EACH: tl.constexpr,
     ):  # fmt: skip
-        """The gradient of one token's queries or keys; returns the weights' gradients with its part added."""
+        """Write the gradient of one token's queries or keys; return the weight gradients plus this token's part."""
         a, b = _halves(x_ptr, 2 * HALF, N, NP, HALF, HALFP)
         dy_a, dy_b = _halves(dy_ptr, dy_stride, N, NP, HALF, HALFP)
         g_a, g_b = dy_a * cos + dy_b * sin, dy_b * cos - dy_a * sin

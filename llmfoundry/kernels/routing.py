@@ -1,8 +1,8 @@
-"""The permutation to expert order: a stable sort of routed slots by expert, all on the device.
+"""The permutation to expert order: a stable sort of routed slots by expert, entirely on the device.
 
 Shapes: T tokens, K top_k, M = T*K slots (slot t*K+j is token t's j-th choice), E experts.
-Expert order holds expert 0's rows first, then expert 1's, and so on, each expert's in token order. Nothing
-here reads a value back to the host, so a CUDA graph captures it; no atomics, so it is bitwise the same twice.
+Expert order holds expert 0's rows first, then expert 1's, and so on, each expert's in token order. No value is read on
+the host, so a CUDA graph can capture it; there are no atomics, so it is bitwise deterministic.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 class Order(NamedTuple):
     """The permutation between slots (token order) and rows (expert order). All int32, on the device."""
 
-    expert_start: Tensor  # (E+1,) first row of each expert; the last entry ends the rows that have an expert
-    row_slot: Tensor  # (M,) row -> slot, of token slot // K
+    expert_start: Tensor  # (E+1,) first row of each expert; the last entry is the number of rows that have an expert
+    row_slot: Tensor  # (M,) row -> slot; its token is slot // K
     slot_row: Tensor  # (M,) slot -> row
 
 
 def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
-    """Sort the slots by expert, keeping token order within an expert.
+    """Sort the slots by expert, keeping token order within each expert.
 
     Args:
-        experts: (T, K) int32 or int64 ids. The id `n_experts` says "no expert": such slots sort last, behind
+        experts: (T, K) int32 or int64 ids. The id `n_experts` means "no expert": such slots are sorted last, after
             `expert_start[E]`.
         n_experts: E.
     """
@@ -45,9 +45,9 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
 
 
 def sum_rows_torch(rows: Tensor, of_token: Tensor) -> Tensor:
-    """Sum rows into tokens, in a fixed order, accumulating in float32.
+    """Sum rows per token, in a fixed order, accumulating in float32.
 
-    `embedding_bag` is this very sum; unlike gather and sum, it makes no (T, K, D).
+    `embedding_bag` computes exactly this sum, without the (T, K, D) intermediate of gather and sum.
 
     Args:
         rows: (R, D).
@@ -62,7 +62,7 @@ def sum_rows_torch(rows: Tensor, of_token: Tensor) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether kernels copy, order and sum rows such as these; they have neither float64 nor a case of no rows."""
+    """Return whether kernels can copy, order and sum rows like these; they support neither float64 nor zero rows."""
     return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _has_triton()
 
 
@@ -72,27 +72,27 @@ def _has_triton() -> bool:
 
 
 class LocalRouting(NamedTuple):
-    """The routing of R rows to the experts held here."""
+    """The routing of R rows to this rank's experts."""
 
     weights: Tensor  # (R, K)
-    experts: Tensor  # (R, K) int32, counted from the first expert held; the number of experts held: elsewhere
-    n_slots: Tensor  # (1,) int32, those with an expert held here
+    experts: Tensor  # (R, K) int32, relative to this rank's first expert; n_local for experts on other ranks
+    n_slots: Tensor  # (1,) int32, number of slots whose expert is on this rank
 
 
 def packed_routing(weights: Tensor, experts: Tensor) -> Tensor:
-    """Weights (T, K) and ids (T, K) side by side, as (T, X) int32: the bits of the weights, then ids."""
+    """Pack weights (T, K) and ids (T, K) as (T, X) int32: the bits of the weights, then the ids."""
     return torch.cat([weights.contiguous().view(torch.int32), experts.int()], dim=1)
 
 
 def local_routing(packed: Tensor, top_k: int, dtype: torch.dtype, first: int, n_local: int) -> LocalRouting:
-    """What `packed_routing` has packed, with the ids of experts that are held here.
+    """Unpack `packed_routing`, with ids relative to this rank's experts.
 
     Args:
         packed: (R, X).
         top_k: K.
         dtype: of the weights.
-        first: the first expert held.
-        n_local: experts held.
+        first: this rank's first expert.
+        n_local: number of experts on this rank.
     """
     local = packed[:, -top_k:] - first
     held = (local >= 0) & (local < n_local)

@@ -1,9 +1,10 @@
-"""`routing.sort_by_expert` in three small Triton kernels: a counting sort, stable, without atomics on results.
+"""`routing.sort_by_expert` in three small Triton kernels: a stable counting sort, with no atomics on results.
 
 Shapes: M slots, E experts, NB = ceil(M / 128) blocks of slots.
-Count each block's experts; run over the blocks of each expert; place each slot behind the earlier ones of its expert,
-whose start every program sums up for itself: a launch costs more. A radix sort of M keys reads and writes them several
-times over; this reads twice. `routing.local_routing` is another kernel, of one launch.
+First count each block's experts; then compute prefix sums over the blocks of each expert; then place each slot after
+the earlier slots of its expert. Every program of the last kernel recomputes the experts' starts, because another launch
+costs more. A radix sort of M keys reads and writes them several times; this reads them twice. `routing.local_routing`
+is another kernel, with one launch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOCK = 128
 
 @triton.jit
 def _count_kernel(experts_ptr, counts_ptr, n_slots, n_blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[e, block]: slots of expert e in a block; the column E counts those without an expert."""
+    """counts[e, block]: slots of expert e in a block; row E counts those without an expert."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     e = tl.load(experts_ptr + slot, mask=slot < n_slots, other=EXPERTS - 1).to(tl.int32)
@@ -33,7 +34,7 @@ def _count_kernel(experts_ptr, counts_ptr, n_slots, n_blocks, EXPERTS: tl.conste
 
 @triton.jit
 def _prefix_kernel(counts_ptr, totals_ptr, n_blocks, CHUNK: tl.constexpr):
-    """Each expert's counts become the number of its slots in earlier blocks."""
+    """Turn each expert's counts into the number of its slots in earlier blocks."""
     e = tl.program_id(0).to(tl.int64)
     carry = tl.zeros([1], dtype=tl.int32)
     for begin in tl.range(0, n_blocks, CHUNK):
@@ -49,7 +50,7 @@ def _place_kernel(
     experts_ptr, earlier_ptr, totals_ptr, start_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks, n_experts,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A slot's row: its expert's start, the expert's slots in earlier blocks, and those ahead in this block."""
+    """Compute each slot's row: its expert's start, plus the expert's earlier slots, in other blocks and in this one."""
     block = tl.program_id(0)
     ids = tl.arange(0, EXPERTS)
     totals = tl.load(totals_ptr + ids, mask=ids <= n_experts, other=0)
@@ -70,10 +71,10 @@ def _place_kernel(
 
 
 def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
-    """`routing.sort_by_expert`, which is its reference; arguments as there. (T, K) must not be empty."""
+    """`routing.sort_by_expert`, its reference, in Triton; arguments as there. (T, K) must not be empty."""
     n_slots = experts.numel()
     n_blocks = cdiv(n_slots, BLOCK)
-    padded = next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
+    padded = next_power_of_2(n_experts + 2)  # includes "no expert" and the last block's padding
     empty = partial(torch.empty, dtype=torch.int32, device=experts.device)
     counts, totals = empty(padded, n_blocks), empty(n_experts + 1)
     order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots))
@@ -96,11 +97,11 @@ def _local_kernel(
     local = tl.load(at + K, mask=inside, other=-1) - first
     held = inside & (local >= 0) & (local < n_local)
     tl.store(experts_ptr + slot, tl.where(held, local, n_local), mask=inside)
-    tl.atomic_add(total_ptr, tl.sum(held.to(tl.int32)))  # whole numbers: in any order the same
+    tl.atomic_add(total_ptr, tl.sum(held.to(tl.int32)))  # integers, so the order does not matter
 
 
 def local_routing_triton(packed: Tensor, first: int, n_local: int) -> LocalRouting:
-    """`routing.local_routing`, which is its reference, of float32 weights: (R, 2K). There must be a row."""
+    """`routing.local_routing`, its reference, in Triton, for float32 weights: (R, 2K). Needs at least one row."""
     rows, top_k = packed.shape[0], packed.shape[1] // 2
     empty = partial(torch.empty, rows, top_k, device=packed.device)
     found = LocalRouting(empty(dtype=torch.float32), empty(dtype=torch.int32), packed.new_zeros(1))

@@ -1,4 +1,4 @@
-"""Scale a tensor by a number on its device and cast it, in one pass."""
+"""Scales a tensor by a number on its device and casts it, in one pass."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from llmfoundry.kernels.whole import cdiv
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 _BLOCK = 4096
 
 
 def scaled_to(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x * factor`, computed in the dtype of `x` and rounded once to `dtype`.
+    """Compute `x * factor` in the dtype of `x`, and round once to `dtype`.
 
     Args:
         x: contiguous.
         factor: () in the dtype of `x`.
+        dtype: of the result.
     """
     out = torch.empty_like(x, dtype=dtype)
     if not (x.is_cuda and triton is not None and x.dtype == torch.float32):

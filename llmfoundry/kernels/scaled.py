@@ -1,8 +1,8 @@
-"""Products of rows in e4m3 with their expert's matrix, and their matrices' gradients; scales are applied at the end.
+"""Products of e4m3 rows with their expert's matrix, and the matrices' gradients; scales are applied at the end.
 
 Shapes: M rows in expert order, N output width, J inner width, P rows of a gradient, E experts.
-As grouped.py and weight_grad.py, with twice the depth: a step of 128 8-bit values loads the same bytes. Both operands
-are read along the inner dim, as the tensor cores of Hopper need 8-bit ones, which add up sums in about 14 bits.
+Like grouped.py and weight_grad.py, with twice the depth: a step of 128 8-bit values loads as many bytes. Both operands
+are read along the inner dim, as Hopper's tensor cores require for 8-bit operands. They accumulate with about 14 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmfoundry.kernels.tiles import (
 from llmfoundry.kernels.tune import holds_large
 from llmfoundry.kernels.weight_grad import WeightGradConfig
 
-# Four stages of 48 KB and half an accumulator fit Hopper's shared memory; the second of each is for GPUs with less.
+# Four stages of 48 KB and half an accumulator fit in Hopper's shared memory; the second config is for GPUs with less.
 PRODUCT = (
     GroupedConfig(depth=128, pieces=2, num_stages=4, group=8, flatten=True),
     GroupedConfig(columns=64, depth=64, num_warps=4, num_stages=2),
@@ -73,15 +73,17 @@ def scaled_grouped_kernel(
 def scaled_grouped(
     rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: GroupedConfig | None = None
 ) -> Tensor:
-    """Each row times its expert's matrix.
+    """Multiply each row by its expert's matrix.
 
     Args:
-        rows: (M, J) in expert order, with a scale for each row.
-        w: (E, N, J), applied as `rows @ w[e].T`, with a scale for each expert's rows or for each expert.
+        rows: (M, J) in expert order, with one scale per row.
+        w: (E, N, J), applied as `rows @ w[e].T`, with one scale per row of each expert, or one per expert.
+        tiles: of the rows.
         dtype: of the result.
+        config: tile sizes.
 
     Returns:
-        (M, N); rows behind the last expert are unset.
+        (M, N); rows after the last expert's are unset.
     """
     (n_rows, inner), width = rows.values.shape, w.values.shape[1]
     c = config or PRODUCT[0 if holds_large(rows.scale.device) else 1]
@@ -137,12 +139,14 @@ def scaled_weight_grad_kernel(
 def scaled_weight_grad(
     left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: WeightGradConfig | None = None
 ) -> Tensor:
-    """`left[rows of e].T @ right[rows of e]` for each expert e, of row tiles that are transposed already.
+    """Compute `left[rows of e].T @ right[rows of e]` for each expert e, from transposed row tiles.
 
     Args:
-        left: (N_TILES, P, 128), by `transpose_rows`.
+        left: (N_TILES, P, 128), from `transpose_rows`.
         right: (N_TILES, N, 128).
+        tiles: of the rows.
         dtype: of the result.
+        config: tile sizes.
 
     Returns:
         (E, P, N); zero for an expert without rows.
@@ -165,7 +169,7 @@ def scaled_weight_grad(
 
 
 def scaled_weight_grad_reference(left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """`scaled_weight_grad` in plain PyTorch, of (M, P) and (M, N) rows: the operands before `transpose_rows`."""
+    """`scaled_weight_grad` in plain PyTorch, for (M, P) and (M, N) rows: the operands before `transpose_rows`."""
     start = tiles.expert_start.tolist()
     spans = list(zip(start[:-1], start[1:], strict=True))
     a, b = (rescaled_reference(side, spans) for side in (left, right))

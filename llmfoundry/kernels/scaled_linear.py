@@ -1,8 +1,8 @@
-"""A linear layer's three products in e4m3: two by torch's `_scaled_mm`, and the weight's gradient as experts have it.
+"""A linear layer's three products in e4m3: two by `torch._scaled_mm`, and the weight gradient like that of experts.
 
 Shapes: T rows, J inputs, N outputs; W (N, J).
-x is kept as it is and quantised again in backward: in e4m3 it would be kept beside what other layers keep of it. On a
-CPU the plain references run.
+x is saved unquantized and quantized again in backward: an e4m3 copy would be kept in addition to what other layers save
+of x. On a CPU, the plain references run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @torch.library.custom_op("llmfoundry::scaled_linear", mutates_args=())
 def scaled_linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`x W^T` and the scale (1,) that W has when it is transposed.
+    """Compute `x W^T`, and return the scale (1,) of the transposed W.
 
     Args:
         x: (T, J) with J and N multiples of 16.
         weight: (N, J).
     """
-    # Imported here, not above: triton is not installed on every machine.
+    # imported here because Triton may not be installed
     from llmfoundry.kernels.e4m3 import scale_rows, scale_rows_reference
 
     quantise = scale_rows if x.is_cuda else scale_rows_reference
@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """`dy W` (T, J) and `dy^T x` (N, J); what is not needed is empty."""
+    """Compute `dy W` (T, J) and `dy^T x` (N, J); empty if not needed."""
     from llmfoundry.kernels import e4m3
 
     quantise, transpose = (
@@ -77,11 +77,11 @@ def _product(rows: Scaled, matrix: Scaled, dtype: torch.dtype) -> Tensor:
 
 
 def _weight_gradient(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
-    """As that of a single expert, which has all rows."""
+    """Compute the weight gradient as that of a single expert with all rows."""
     from llmfoundry.kernels import e4m3, scaled, tiles
 
     n_rows, device = left.scale.numel(), left.scale.device
-    start = torch.arange(0, 2 * n_rows, n_rows, dtype=torch.int32, device=device)  # [0, n_rows], without a copy
+    start = torch.arange(0, 2 * n_rows, n_rows, dtype=torch.int32, device=device)  # [0, n_rows], without a host copy
     if not left.values.is_cuda:
         return scaled.scaled_weight_grad_reference(left, right, tiles.tile_rows_reference(start, n_rows), dtype)[0]
     found = tiles.tile_rows(start, n_rows)

@@ -1,13 +1,13 @@
-"""The loss of logits and its gradient, with each logit read once from memory.
+"""The loss of logits and its gradient, reading each logit from memory only once.
 
 Shapes: N tokens, V vocab, S slices of a row.
-A row of logits is larger than what one SM can hold (151,936 float32 are 608 KB), so programs share it. Each keeps its
-slice in registers, writes the slice's maximum and sum of exponentials where the others can see them, waits for theirs,
-and writes its slice of the gradient. All of them combine the sums in the same order, so results are the same twice.
+A row of logits is larger than what one SM can hold (151,936 float32 values are 608 KB), so several programs share it.
+Each keeps its slice in registers, publishes the slice's maximum and sum of exponentials, waits for those of the others,
+and writes its slice of the gradient. All programs combine the sums in the same order, so results are deterministic.
 
-Waiting is safe, because programs take their slices in the order in which they start: those of all earlier rows have
-started, need nothing more and end. So a row's programs wait at most for others of their own row that are still to
-start, and there is room for these as long as the GPU holds S programs at once, whatever else runs on it.
+Waiting cannot deadlock, because programs take their slices in the order in which they start: those of all earlier rows
+have started, need nothing more and finish. So a row's programs wait at most for programs of the same row that are yet
+to start, and these can start as long as the GPU can hold S programs at once, whatever else runs on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmfoundry.kernels.whole import cdiv, next_power_of_2
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 IGNORE = -100
@@ -34,14 +34,16 @@ def softmax_loss(
     softcap: float | None = None,
     weights: Tensor | None = None,
 ) -> None:
-    """Write the cross-entropy of each token, and the gradient of their sum by the logits.
+    """Write the cross-entropy of each token, and the gradient of their sum with respect to the logits.
 
     Args:
-        logits: (N, V) float32 or float64, contiguous; with a softcap, what `softcap * tanh(logit / softcap)` gave.
-        labels: (N,) int64; tokens with -100 do not count.
-        loss: (N,) in the dtype of the logits, written: nats of each token, not weighted.
-        gradient: (N, V), contiguous, of any float dtype, written; by the logits before the softcap. None: not needed.
-        weights: (N,) of tokens in the sum.
+        logits: (N, V) float32 or float64, contiguous; with a softcap, the result of `softcap * tanh(logit / softcap)`.
+        labels: (N,) int64; -100 is ignored.
+        loss: (N,) in the dtype of the logits, written: nats of each token, unweighted.
+        gradient: (N, V), contiguous, of any float dtype, written; with respect to the logits before the softcap. None:
+            not needed.
+        softcap: None: no cap.
+        weights: (N,) weights of the tokens in the sum.
     """
     on_gpu = logits.is_cuda and triton is not None and logits.dtype == torch.float32
     (softmax_loss_triton if on_gpu else softmax_loss_reference)(logits, labels, loss, gradient, softcap, weights)
@@ -68,16 +70,16 @@ def softmax_loss_reference(
         exact *= weights.unsqueeze(1)
     if softcap is not None:
         exact *= 1 - (logits / softcap) ** 2
-    gradient.copy_(exact.masked_fill_(~counts.unsqueeze(1), 0))  # also where such a token's logits are not finite
+    gradient.copy_(exact.masked_fill_(~counts.unsqueeze(1), 0))  # also if an ignored token's logits are not finite
 
 
 if triton is not None:
-    _BLOCK, _WARPS, _REGISTERS = 4096, 4, 64  # an SM holds eight programs, and half of its registers are logits
+    _BLOCK, _WARPS, _REGISTERS = 4096, 4, 64  # an SM holds eight programs, and half of its registers hold logits
 
     @triton.jit
     def _pack(top, total):
-        # (maximum, sum) in one number, which no other program can see half written. It is never 0: a maximum of 0 has
-        # a sum of 1 or more.
+        # (maximum, sum) in one number, so that other programs cannot see a partial write. It is never 0: a maximum of 0
+        # has a sum of 1 or more.
         high = top.to(tl.int32, bitcast=True).to(tl.int64) << 32
         return high | (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
 
@@ -90,7 +92,7 @@ if triton is not None:
         """One program per slice of a token's logits.
 
         sums_ptr: (N * SLICES + 1,) int64, zero before the launch that writes them; the last one counts programs.
-        SUMS, RESULTS: whether the sums are written, and whether they are read for the loss and the gradient.
+        SUMS, RESULTS: whether to write the sums, and whether to read them for the loss and the gradient.
         """
         if SUMS and RESULTS:
             program = tl.atomic_add(sums_ptr + tl.num_programs(0), 1, sem="relaxed").to(tl.int32)
@@ -104,7 +106,7 @@ if triton is not None:
         z = tl.load(logits_ptr + at, inside, float("-inf"))
         if SUMS:
             top = tl.max(z)
-            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum, but not NaN, which a maximum ignores.
+            # If a slice is all -inf, avoid exp(-inf - -inf) in the sum, but keep NaN, which tl.max ignores.
             total = tl.sum(tl.exp(z - tl.where(top == float("-inf"), 0.0, top)))
             tl.atomic_xchg(sums_ptr + part, _pack(top, total), sem="relaxed")
         if RESULTS:
@@ -114,7 +116,7 @@ if triton is not None:
                 while missing > 0:
                     seen = tl.load(sums_ptr + lane, lane < SLICES, other=1, volatile=True)
                     missing = tl.sum((seen == 0).to(tl.int32))
-            # volatile: not from this SM's own cache
+            # volatile: do not read from this SM's L1 cache
             seen = tl.load(sums_ptr + lane, lane < SLICES, other=0, volatile=True)
             tops = tl.where(lane < SLICES, (seen >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
             totals = seen.to(tl.int32).to(tl.float32, bitcast=True)
@@ -122,7 +124,7 @@ if triton is not None:
             logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), totals, totals * tl.exp(tops - peak))))
             label = tl.load(labels_ptr + row)
             counts, known = label != IGNORE, (label >= 0) & (label < vocab)
-            # A label outside the vocabulary makes the loss and the gradient NaN, so that the step is skipped.
+            # A label outside of the vocabulary makes the loss and the gradient NaN, so that the step is skipped.
             logsumexp = tl.where(known, logsumexp, float("nan"))
             if part == 0:
                 chosen = tl.load(logits_ptr + label, known, 0.0)
@@ -144,11 +146,11 @@ def softmax_loss_triton(
     softcap: float | None = None,
     weights: Tensor | None = None,
 ) -> None:
-    """`softmax_loss` by the kernel, of float32 logits."""
+    """`softmax_loss` by the Triton kernel, for float32 logits."""
     n, vocab = logits.shape
     if n == 0:
         return
-    # Autograd gives the gradient of a sum as one number that is expanded.
+    # Autograd passes the gradient of a sum as one expanded number.
     labels, weights = labels.contiguous(), None if weights is None else weights.contiguous()
     block = min(_BLOCK, next_power_of_2(vocab))
     slices = cdiv(vocab, block)
@@ -162,9 +164,9 @@ def softmax_loss_triton(
 
 
 def _fit_at_once(slices: int, device: torch.device) -> bool:
-    """Whether a GPU surely holds so many programs at once; else logits are read twice, by two launches.
+    """Return whether a GPU can surely hold this many programs at once; else two launches read the logits twice.
 
-    Each SM holds one at least, and collectives leave more than half of the SMs free. Triton's interpreter runs one
-    program after the other.
+    Each SM holds at least one, and collectives leave more than half of the SMs free. Triton's interpreter runs programs
+    one after another.
     """
     return device.type == "cuda" and slices <= torch.cuda.get_device_properties(device).multi_processor_count // 2

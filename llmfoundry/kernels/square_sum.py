@@ -1,6 +1,6 @@
-"""The sum of the squares of all values of a list of tensors, as gradients' norms need it: one launch, read once.
+"""The sum of squares of all values in a list of tensors, for gradient norms: one launch that reads each value once.
 
-Each program adds up one block of one tensor in float32; their sums are added in float64, in a fixed order.
+Each program sums one block of one tensor in float32; these sums are added in float64, in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.update import find_row
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """() float64: of tensors of one dtype and device, at least one. The host waits for nothing."""
+    """Return the sum of squares, () float64, of one or more tensors of one dtype and device, without a host sync."""
     return _square_sum(list(tensors))
 
 
@@ -40,8 +40,8 @@ def _(tensors: list[Tensor]) -> Tensor:
 
 def square_sum_reference(tensors: list[Tensor]) -> Tensor:
     """`square_sum` in plain PyTorch."""
-    # A CPU sums a whole tensor in a few lanes: in float32, 2e-5 of the norm of half a million values are lost, which
-    # is more than what another number of ranks may change.
+    # A CPU sums a whole tensor in a few lanes: float32 would lose 2e-5 of the norm of half a million values, more than
+    # a different number of ranks may change it.
     dtype = torch.promote_types(torch.float32 if tensors[0].is_cuda else torch.float64, tensors[0].dtype)
     return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype)).double().square().sum()
 
@@ -54,7 +54,7 @@ if triton is not None:
         table_ptr, sums_ptr, n_tensors,
         KIND: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # Rows of the table: a tensor's first program, its pointer, how many values, and which program of all is first.
+        # Table columns: a tensor's first program, its pointer, its number of values, and the offset of its first sum.
         of = find_row(table_ptr, n_tensors, 4, TENSORS)
         pid = tl.program_id(0)
         x_ptr, n = tl.load(of + 1).to(tl.pointer_type(KIND)), tl.load(of + 2)
@@ -66,9 +66,9 @@ if triton is not None:
 
 
 def square_sum_triton(tensors: list[Tensor]) -> Tensor:
-    """`square_sum` by the kernel: one launch, and one more for tensors that no 16 bytes fit into evenly."""
+    """`square_sum` by the Triton kernel: one launch, plus one for tensors that are not aligned to 16 bytes."""
     offset = 0
-    dense = [tensor.contiguous() for tensor in tensors if tensor.numel()]  # kept until the kernels are launched
+    dense = [tensor.contiguous() for tensor in tensors if tensor.numel()]  # kept alive until the kernels are launched
     sums = torch.empty(sum(cdiv(each.numel(), _BLOCK) for each in dense), dtype=torch.float32, device=tensors[0].device)
     for aligned in (True, False):
         rows = [(cdiv(each.numel(), _BLOCK), [each.data_ptr(), each.numel(), offset]) for each in dense

@@ -1,7 +1,7 @@
-"""Products that are known to be symmetric: only tiles on and below the diagonal are computed, the others are copies.
+"""Products known to be symmetric: only tiles on and below the diagonal are computed, the others are copied.
 
-That is half of the FLOPs of nearly all products of Muon's iteration (kernels/muon.py). Operands come and results go by
-TMA. A tile is small enough that two programs share an SM: one can write its tile and the copy while the other
+This halves the FLOPs of nearly all products in Muon's iteration (kernels/muon.py). TMA loads operands and stores
+results. A tile is small enough that two programs share an SM: one can store its tile and the copy while the other
 multiplies.
 
 Shapes: N matrices of S rows and K columns in one batch.
@@ -19,10 +19,10 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.tiles import plain
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
-Scale = float | Tensor  # of all matrices, or (N,) float32: of each
+Scale = float | Tensor  # for all matrices, or (N,) float32, one per matrix
 
 
 def symmetric_product(
@@ -34,16 +34,19 @@ def symmetric_product(
     beta: Scale = 0.0,
     diagonal: float = 0.0,
 ) -> Tensor:
-    """`alpha left right^T + beta plus + diagonal I`, where that is symmetric; the part below the diagonal counts.
+    """Compute `alpha left right^T + beta plus + diagonal I`, which must be symmetric; uses the part below the diagonal.
 
     Args:
-        left: (N, S, K), contiguous, or the transpose of what is; bfloat16 or float32 for the kernel.
-        right: as `left`; None: `left`. Of two different matrices the product must be symmetric, as it is of two
+        left: (N, S, K), contiguous or the transpose of a contiguous tensor; bfloat16 or float32 for the kernel.
+        right: as `left`; None: `left`. The product of two different matrices must be symmetric, as is that of two
             symmetric ones that commute.
         plus: (N, S, S), symmetric and contiguous, of the same dtype.
+        alpha: factor on the product.
+        beta: factor on `plus`.
+        diagonal: factor on the identity.
 
     Returns:
-        (N, S, S) in the dtype of `left`, symmetric to the bit; sums are in float32, or in that of `left` on CPUs.
+        (N, S, S) in the dtype of `left`, bitwise symmetric; accumulated in float32, or in the dtype of `left` on CPUs.
     """
     right = left if right is None else right
     run = symmetric_triton if left.is_cuda and _has_descriptors(left) else symmetric_reference
@@ -51,7 +54,7 @@ def symmetric_product(
 
 
 def _has_descriptors(left: Tensor) -> bool:
-    """Whether TMA reads and writes these: rows begin at multiples of 16 bytes."""
+    """Return whether TMA can access these tensors: rows must start at multiples of 16 bytes."""
     sides = left.shape[1:] if left.is_contiguous() else left.shape[1:2]
     return left.dtype in (torch.bfloat16, torch.float32) and all(side * left.itemsize % 16 == 0 for side in sides)
 
@@ -73,7 +76,7 @@ def _of_each(scale: Scale) -> Scale:
 
 
 if triton is not None:
-    # Two programs share an SM: 96 KiB of shared memory and 128 registers for each thread.
+    # Two programs share an SM: 96 KiB of shared memory and 128 registers per thread.
     BLOCK, DEPTH_BYTES, WARPS, STAGES = 128, 128, 8, 3
 
     @triton.jit
@@ -82,10 +85,10 @@ if triton is not None:
         COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr, BLOCK: tl.constexpr,
         DEPTH: tl.constexpr,
     ):  # fmt: skip
-        # Block t of the triangle is in row i of blocks, which t = i (i + 1) / 2 begins.
+        # Block t of the triangle is in block row i, which starts at t = i (i + 1) / 2.
         t, n = tl.program_id(0), tl.program_id(1)
         i = ((tl.sqrt(8 * t.to(tl.float32) + 1) - 1) / 2).to(tl.int32)
-        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root may be rounded
+        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root may be inexact
         i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
         row, column = i * BLOCK, (t - i * (i + 1) // 2) * BLOCK
         acc = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -118,7 +121,7 @@ if triton is not None:
 def symmetric_triton(
     left: Tensor, right: Tensor, plus: Tensor | None, *, alpha: Scale, beta: Scale, diagonal: float
 ) -> Tensor:
-    """`symmetric_product` by the kernel."""
+    """`symmetric_product` by the Triton kernel."""
     n, size, inner = left.shape
     by_columns = not left.is_contiguous()
     depth = DEPTH_BYTES // left.itemsize

@@ -1,11 +1,11 @@
-"""What every grouped kernel shares: the tiles that cover the experts' rows, and descriptors of ragged rows.
+"""What all grouped kernels share: the tiles that cover the experts' rows, and descriptors of ragged rows.
 
 Shapes: M rows in expert order, E experts, N_TILES bound on row tiles = ceil(M / 128) + E.
-A row tile never crosses an expert. How many there are depends on the routing and stays on the device: the
-kernels are persistent, their grid is the number of SMs, and they read `Tiles.n_tiles`. Busiest experts come
-first, so that the last wave of tiles is short ones. While a collective holds some SMs, the others take over their
-tiles (`turns`). Products say `tf32x3`, which means something for float32 alone:
-operands as two TF32 numbers each, for float32's bits at the tensor cores' speed. Triton's default would be one.
+A row tile never spans two experts. The number of tiles depends on the routing and stays on the device: kernels are
+persistent, their grid is the number of SMs, and they read `Tiles.n_tiles`. The busiest experts come first, so that the
+last wave consists of short tiles. While a collective occupies some SMs, the others take over their tiles (`turns`).
+`tf32x3` only affects float32 products: each operand is split into two TF32 numbers, for nearly float32 precision on
+tensor cores. Triton's default would use one.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
-TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
+TILE_ROWS = 128  # height of a row tile: two warp groups of 64, the most that Hopper's registers hold
 
 
 class Tiles(NamedTuple):
-    """Which rows each row tile holds. All int32, on the device."""
+    """The rows of each row tile. All int32, on the device."""
 
     expert_start: Tensor  # (E+1,) first row of each expert
     by_load: Tensor  # (E,) experts, the busiest first
     expert: Tensor  # (N_TILES,) expert of each row tile
     row: Tensor  # (N_TILES,) its first row
-    n_tiles: Tensor  # (1,) how many of N_TILES exist
+    n_tiles: Tensor  # (1,) number of tiles used, at most N_TILES
     first: Tensor  # (E,) the first row tile of each expert
 
 
 class HopperConfig(NamedTuple):
-    """Of a kernel in `hopper.py`: the order of tiles. Their sizes are those of the hardware.
+    """Config of a kernel in `hopper.py`: the order of tiles. Their sizes are fixed by the hardware.
 
-    That file is imported where such a kernel is launched, for Gluon, which it is written in, is experimental.
+    That file is only imported where such a kernel is launched, because Gluon is experimental.
     """
 
     group: int = 8
@@ -48,24 +48,24 @@ class HopperConfig(NamedTuple):
 
 @cache
 def n_programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one for each SM (a few in Triton's interpreter)."""
+    """Return the number of programs of a persistent kernel: one per SM (a few in Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def turns() -> int:
-    """How often a persistent kernel hands out what is left of its tiles: once where no collective takes SMs.
+    """Return how many times a persistent kernel hands out its remaining tiles: once, if no collective takes SMs.
 
-    A program takes its tiles when it starts, and it may start late: a collective that runs beside the kernel holds
-    some SMs for a millisecond, and their tiles would be done when all others are. So the first turn's programs take
-    half of the tiles, the next turn's half of the rest, and so on. A program starts wherever one has ended: an SM that
-    was held takes fewer turns. On a GPU of its own each turn is a pipeline filled anew, so there is one.
+    A program takes its tiles when it starts, which may be late: a collective that runs beside the kernel occupies some
+    SMs for a millisecond, and their tiles would finish after all others. So the programs of the first turn take half of
+    the tiles, those of the next turn half of the rest, and so on. A program starts wherever one has ended, so an SM
+    that was occupied takes fewer turns. With one GPU there is a single turn, because each turn refills the pipeline.
     """
     return 5 if dist.is_initialized() and dist.get_world_size() > 1 else 1
 
 
 @triton.jit
 def my_tiles(n_tiles, PROGRAMS: tl.constexpr, TURNS: tl.constexpr):
-    """A program's first tile, and the end of its turn's; its tiles lie PROGRAMS apart."""
+    """Return a program's first tile, and the end of its turn; its tiles are PROGRAMS apart."""
     first = tl.program_id(0)
     end = n_tiles
     if TURNS > 1:
@@ -78,12 +78,12 @@ def my_tiles(n_tiles, PROGRAMS: tl.constexpr, TURNS: tl.constexpr):
 
 
 def ragged(rows: Tensor, block: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of (M, N) or (M, P, N) rows that clips reads and writes at an expert's last row."""
+    """Return a TMA descriptor of (M, N) or (M, P, N) rows that clips reads and writes at an expert's last row."""
     return create_ragged_descriptor(rows, block)
 
 
 def plain(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of a contiguous tensor; out of bounds reads as zero."""
+    """Return a TMA descriptor of a contiguous tensor; out-of-bounds reads give zero."""
     return TensorDescriptor.from_tensor(tensor, block)
 
 
@@ -92,7 +92,7 @@ def _tiles_kernel(
     start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, first_ptr, n_experts,
     TILE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert: its place in the order of load, and its row tiles."""
+    """One program per expert: computes its rank in the order of load, and its row tiles."""
     e = tl.program_id(0)
     ids = tl.arange(0, EXPERTS)
     start = tl.load(start_ptr + ids, mask=ids < n_experts, other=0)
@@ -114,12 +114,12 @@ def _tiles_kernel(
 
 
 def tile_rows(expert_start: Tensor, n_rows: int, store: Tensor | None = None) -> Tiles:
-    """The row tiles of an order.
+    """Compute the row tiles of an order.
 
     Args:
         expert_start: (E+1,) int32.
         n_rows: M, a bound on expert_start[E].
-        store: what is written, (tiles_length(E, M),) int32; new memory by default.
+        store: memory to write to, (tiles_length(E, M),) int32; allocated by default.
     """
     n_experts = expert_start.numel() - 1
     if store is None:
@@ -130,20 +130,20 @@ def tile_rows(expert_start: Tensor, n_rows: int, store: Tensor | None = None) ->
 
 
 def tiles_in(store: Tensor, expert_start: Tensor, n_rows: int) -> Tiles:
-    """The row tiles that `tile_rows` wrote into `store` for the same arguments."""
+    """Return the row tiles that `tile_rows` wrote to `store` for the same arguments."""
     n_experts = expert_start.numel() - 1
     by_load, _, expert, row, n_tiles, _, first = store.split_with_sizes(_lengths(n_experts, n_rows))
     return Tiles(expert_start, by_load, expert, row, n_tiles, first)
 
 
 def tiles_length(n_experts: int, n_rows: int) -> int:
-    """How many int32 `tile_rows` writes."""
+    """Return the number of int32 values that `tile_rows` writes."""
     return sum(_lengths(n_experts, n_rows))
 
 
 @cache
 def _lengths(n_experts: int, n_rows: int) -> list[int]:
-    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers."""
+    """Return the lengths of the fields of `Tiles` after `expert_start`, padded to 16 bytes to align pointers."""
     bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
     return [n_experts, -n_experts % 4, bound, bound, 1, 3, n_experts]
 
@@ -161,10 +161,11 @@ def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
 
 
 class Beside(NamedTuple):
-    """A low-rank product that is added to a grouped one: `u @ v[e].T`, or `u @ v[e]` where the grouped one is so.
+    """A low-rank product that is added to a grouped one: `u @ v[e].T`, or `u @ v[e]` if the grouped one is transposed.
 
-    As if u were more columns of the rows and v of the matrices: a kernel's loop goes on over their descriptors, whose
-    blocks read zeros behind the last of r columns. So an adapter costs a step of the loop and no shared memory.
+    It works as if u were more columns of the rows and v of the matrices: a kernel's loop continues over their
+    descriptors, whose blocks are zero after the last of r columns. So an adapter costs one step of the loop and no
+    shared memory.
     """
 
     u: Tensor  # (M, r) in expert order, r a multiple of 16
@@ -173,7 +174,7 @@ class Beside(NamedTuple):
 
 @triton.jit
 def place(tile, n_row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
-    """Tile number -> (row tile, column tile): GROUP row tiles go through all columns together, for L2."""
+    """Map a tile number to (row tile, column tile): GROUP row tiles go through all columns together, for L2 reuse."""
     group = tile // (GROUP * COLUMN_TILES)
     first = group * GROUP
     height = min(n_row_tiles - first, GROUP)
@@ -183,7 +184,7 @@ def place(tile, n_row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def write_rows(desc, start, size, row, column, acc, PIECES: tl.constexpr):
-    """Store an accumulator as a block of (M, N) rows, in one piece or in two of half the columns."""
+    """Store an accumulator as a block of (M, N) rows, in one piece or in two halves of the columns."""
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     dtype: tl.constexpr = desc.dtype
@@ -197,7 +198,7 @@ def write_rows(desc, start, size, row, column, acc, PIECES: tl.constexpr):
 
 @triton.jit
 def write_matrix(desc, e, row, column, acc, PIECES: tl.constexpr):
-    """Store an accumulator as a block of the matrix of an expert, (E, P, N), in pieces as `write_rows`."""
+    """Store an accumulator as a block of an expert's matrix, (E, P, N), in pieces as `write_rows`."""
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     dtype: tl.constexpr = desc.dtype
@@ -218,7 +219,7 @@ def read_ragged(desc, start, size, row, column):
 
 @triton.jit
 def write_ragged(desc, start, size, row, column, value):
-    """Store a block of (M, N) rows; rows past `start + size` are left alone."""
+    """Store a block of (M, N) rows; rows past `start + size` are not written."""
     shape: tl.constexpr = desc.block_shape
     desc.store([1073741824, start + size, 1073741824 - size + row, column], value.reshape(shape))
 
@@ -237,7 +238,7 @@ def sigmoid(x):
 
 @triton.jit
 def value_and_slope(x, ACTIVATION: tl.constexpr):
-    """An activation of float32 `x` and its derivative there."""
+    """Return an activation of float32 `x` and its derivative."""
     if ACTIVATION == "silu":
         s = sigmoid(x)
         value = x * s
@@ -267,10 +268,10 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def unit_factors(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
-    """Of a gated unit `act(gate) * up` in float32: act, its slope, and up, clamped and shifted as in activations.py."""
+    """Return act(gate), its slope, and up of `act(gate) * up` in float32, clamped and shifted as in activations.py."""
     if LIMIT is not None:
         beyond = gate > LIMIT
-        value, slope = value_and_slope(tl.where(beyond, LIMIT, gate), ACTIVATION)  # a NaN stays one
+        value, slope = value_and_slope(tl.where(beyond, LIMIT, gate), ACTIVATION)  # NaN stays NaN
         slope = tl.where(beyond, 0.0, slope)
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     else:

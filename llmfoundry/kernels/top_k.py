@@ -1,8 +1,9 @@
-"""The best experts of each token, without ties: one pass over the scores, K maxima a row.
+"""The top experts of each token with deterministic ties: one pass over the scores, K maxima per row.
 
 Shapes: T tokens, E experts, K top_k.
-`torch.topk` leaves ties open, and then two devices, or a run and its recompute, may route differently. Here the
-lowest id wins. Scores are compared as integers of the same order, so a chosen one can be put below all others.
+`torch.topk` does not specify the order of ties, so two devices, or a run and its recomputation, could route
+differently. Here the lowest id wins. Scores are compared as integers in the same order, so that a chosen one can be set
+below all others.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from llmfoundry.kernels.whole import cdiv, next_power_of_2
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
-# The operators that choose experts: recompute keeps what they said.
+# The operators that choose experts; recomputation keeps their results.
 CHOICE = ("aten.topk",) if triton is None else ("aten.topk", "llmfoundry.top_k_ids")
 
 
 def top_k_ids(scores: Tensor, k: int) -> Tensor:
-    """The `k` best of each row, best first, ties to the lowest id: (T, E) -> (T, K) int64."""
+    """Return the `k` best ids of each row, best first, ties to the lowest id: (T, E) -> (T, K) int64."""
     if triton is not None and scores.is_cuda and scores.dtype == torch.float32 and scores.numel() > 0:
         return _top_k_ids(scores.contiguous(), k)
     return top_k_ids_reference(scores, k)
 
 
 def top_k_ids_reference(scores: Tensor, k: int) -> Tensor:
-    """`top_k_ids` in plain PyTorch: float32 by keys without ties, the score's bits over the id counted down."""
+    """`top_k_ids` in plain PyTorch; float32 uses unique keys: the score's bits, then the id in descending order."""
     if scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     n = scores.shape[1]
@@ -42,7 +43,7 @@ def top_k_ids_reference(scores: Tensor, k: int) -> Tensor:
 
 
 if triton is not None:
-    # Rows of one program: its keys, 32 a thread, stay in registers.
+    # keys per program: 32 per thread, which stay in registers
     _KEYS = 4096
 
     @triton.jit

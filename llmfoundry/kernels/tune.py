@@ -1,9 +1,9 @@
-"""Which tile sizes a kernel takes: fixed choices, or the fastest of a few, timed once and kept on disk.
+"""Chooses a kernel's tile sizes: fixed, or the fastest of a few candidates, timed once and cached on disk.
 
-A kernel's candidates are few, because each costs a compile: the first step with a cold cache stays under a
-minute. Timing is keyed by shape and by rows per expert to a power of two, never happens while a CUDA graph is
-captured, and is switched off by `LLMFOUNDRY_AUTOTUNE=0`. Every candidate gives bitwise the same sums in the
-K dim (same depth), but ranks that must agree bitwise should still run with it off.
+There are few candidates, because each costs a compilation: the first step with a cold cache takes less than a minute.
+Timings are keyed by shape and by rows per expert, rounded to a power of two. Nothing is timed while a CUDA graph is
+captured, or with `LLMFOUNDRY_AUTOTUNE=0`. All candidates sum over the K dim bitwise equally (same depth), but ranks
+that must agree bitwise should still turn timing off.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     n_rows: int
 
     def bucket(self) -> Problem:
-        """What problems of one choice share: rows per expert count to the nearest lower power of two."""
+        """Return a key for problems that share a choice: rows per expert are rounded down to a power of two."""
         return self._replace(n_rows=(self.n_rows // self.n_experts).bit_length())
 
 
@@ -54,12 +54,12 @@ LARGE_TILES_BYTES = 227 * 2**10  # shared memory per program on Hopper, for whic
 
 
 class Candidates(NamedTuple, Generic[Config]):
-    """A kernel's configurations; the first is the fixed choice."""
+    """A kernel's candidate configurations; the first is the default."""
 
     name: str
     large: tuple[Config, ...]
     small: Config  # for float32, and for GPUs with less shared memory than Hopper
-    hopper: tuple[HopperConfig, ...] = ()  # of the kernel in `hopper.py`, tried too where that runs
+    hopper: tuple[HopperConfig, ...] = ()  # of the kernel in `hopper.py`, also timed where it runs
 
 
 HOPPER = (HopperConfig(group=4),)
@@ -103,11 +103,13 @@ NARROW_GRAD = Candidates("narrow_grad", (NarrowGradConfig(),), NarrowGradConfig(
 def pick(
     candidates: Candidates[Config], problem: Problem, run: Callable[..., Result], *, plain: bool = False
 ) -> Result:
-    """Run a kernel in the configuration that suits the problem.
+    """Run a kernel with the configuration that suits the problem.
 
     Args:
+        candidates: of the kernel.
+        problem: the shape, dtype and device.
         run: launches the kernel, given `config`. Timing calls it many times.
-        plain: the product is one that `hopper.py` has.
+        plain: whether `hopper.py` implements this product.
     """
     choice: Config | HopperConfig | None = _fixed(candidates, problem)
     if choice is None:
@@ -120,13 +122,13 @@ def pick(
 
 
 def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
-    """The configuration that alone fits, or None where there are several."""
+    """Return the only configuration that fits, or None if there are several."""
     return candidates.small if problem.dtype == "torch.float32" or not holds_large(problem.device) else None
 
 
 @cache
 def holds_large(device: torch.device) -> bool:
-    """Whether a GPU has Hopper's shared memory: data-centre Blackwell (10.x) has; 8.x and 12.x have 99 to 163 KiB."""
+    """Return whether a GPU has Hopper's shared memory, as data-center Blackwell (10.x) does; 8.x and 12.x do not."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)
@@ -135,7 +137,7 @@ def holds_large(device: torch.device) -> bool:
 
 @cache
 def runs_gluon(device: torch.device) -> bool:
-    """Whether `hopper.py` runs: on Hopper, by the release of Triton whose experimental Gluon it is written in."""
+    """Return whether `hopper.py` runs: on Hopper, with the Triton release whose experimental Gluon it uses."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     return hopper and triton.__version__.startswith("3.6.")
 
@@ -156,10 +158,10 @@ def _timed_choice(
         f"F{bucket.hidden}x{bucket.halves} E{bucket.n_experts} rows2^{bucket.n_rows} {versions}"
     )
     choice = _read(problem.device).get(key, len(configs))
-    if choice >= len(configs):  # not there, or damaged
+    if choice >= len(configs):  # missing or damaged
         if torch.cuda.is_current_stream_capturing():
             return 0
-        for _ in range(2):  # a card at its power limit, as in training, has other favourites than a cool one
+        for _ in range(2):  # at its power limit, as in training, a card prefers other tiles than when it is cool
             times = [
                 triton.testing.do_bench(partial(run, config=config), warmup=2, rep=10, return_mode="median")
                 for config in configs

@@ -1,11 +1,11 @@
-"""The up projection of all experts with its activation, one kernel: x, w1 -> h and a' = s * act(h).
+"""The up projection of all experts with its activation, in one kernel: x, w1 -> h and a' = s * act(h).
 
-Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert order; w1 (E, 2F, D) gate rows then
-up rows, or (E, F, D). s is each row's routing weight.
-A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
-leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
-Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is a few more columns of x and w1: its steps follow in the same
-loop, from other descriptors.
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert order; w1 (E, 2F, D) gate rows then up rows,
+or (E, F, D). s is each row's routing weight.
+A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, loaded by one TMA box per step, so that one wgmma of N
+= 256 leaves both halves of a column pair in the same thread: the gated unit needs no data exchange.
+Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) acts as a few more columns of x and w1: its steps follow in the
+same loop, with other descriptors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llmfoundry.kernels.tiles import (
 
 
 class UpConfig(NamedTuple):
-    """Tile sizes: `columns` of a, `depth` of the product's inner dim per step."""
+    """Tile sizes: `columns` of a, and `depth` of the inner dim per step."""
 
     columns: int = 128
     depth: int = 64
@@ -68,7 +68,7 @@ def up_kernel(
         for k in tl.range(0, WIDE + RANK, BK):
             left, right, at = x_desc, w1_desc, k
             if RANK > 0:
-                if k >= WIDE:  # the last steps are the adapter's
+                if k >= WIDE:  # the last steps are those of the adapter
                     left, right, at = u_desc, v_desc, k - WIDE
             x = left.load([row, at])
             w = right.load([e * HALVES, j * BN, at]).reshape([HALVES * BN, BK])
@@ -112,21 +112,26 @@ def up(
     beside: Beside | None = None,
     config: UpConfig | HopperConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
-    """Pre-activations and weighted activations of every row.
+    """Compute the pre-activations and weighted activations of every row.
 
     Args:
         x_rows: (M, D) in expert order.
         weights: (T, K) float32, looked up by slot.
         row_slot: (M,) int32.
+        tiles: of the rows.
+        w1: (E, 2F, D) or (E, F, D).
+        activation: of the feed-forward block.
+        gated: whether w1 holds a gate.
         limit: clamp of gate and up, or None.
         bias: (E, 2F) or (E, F), or None.
-        beside: the product of an adapter of w1, with v (E, 2F, r) or (E, F, r); it is added to h.
+        beside: an adapter's product, with v (E, 2F, r) or (E, F, r), which is added to h.
+        config: tile sizes.
 
     Returns:
-        h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
+        h (M, 2F) or (M, F), and a' (M, F). Rows after the last expert's are unset.
     """
     if isinstance(config, HopperConfig):
-        from llmfoundry.kernels.hopper import up_hopper  # Gluon is experimental
+        from llmfoundry.kernels.hopper import up_hopper  # imported here because Gluon is experimental
 
         return up_hopper(x_rows, weights, row_slot, tiles, w1, activation=activation, limit=limit, config=config)
     n_rows, d_model = x_rows.shape

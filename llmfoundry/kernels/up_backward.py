@@ -1,11 +1,11 @@
-"""Back through the down projection and the activation, one kernel: dy, h, w2 -> dh, a' and ds.
+"""Backward of the down projection and the activation, in one kernel: dy, h, w2 -> dh, a' and ds.
 
 Shapes: D d_model, F ffn hidden size, E experts, M rows in expert order, s each row's routing weight.
-With da' = dy @ w2 (M, F): a = act(h) computed again, ds = rowsum(da' * a), dh through da = s * da', and
-a' = s * a for the gradient of w2. Neither a nor the experts' outputs were kept.
-The epilogue walks the accumulator in column slices: whole, it spills 1.2 KB a thread. It is most of a tile's time, and
-sixteen warps wait for h together where eight wait one after the other.
-An adapter of w2 (rank R) is a few more steps of the same loop, from other descriptors.
+With da' = dy @ w2 (M, F): a = act(h) is recomputed, ds = rowsum(da' * a), dh is computed from da = s * da', and a' = s
+* a is needed for the gradient of w2. Neither a nor the experts' outputs were saved.
+The epilogue processes the accumulator in column slices; as a whole, it would spill 1.2 KB per thread. It takes most of
+a tile's time. Sixteen warps wait for h together, where eight would wait one after another.
+An adapter of w2 (rank R) adds a few steps to the same loop, with other descriptors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llmfoundry.kernels.whole import cdiv
 
 
 class UpBackwardConfig(NamedTuple):
-    """Tile sizes: `columns` of a, `depth` of the product's inner dim per step."""
+    """Tile sizes: `columns` of a, and `depth` of the inner dim per step."""
 
     columns: int = 128
     depth: int = 64
@@ -51,7 +51,7 @@ def _slice_backward(
     F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """One column slice of a tile. int64 only in the scalar base: in-tile offsets fit int32 and registers."""
+    """Process one column slice of a tile. Only the scalar base is int64: offsets in a tile fit int32 and registers."""
     H: tl.constexpr = 2 * F if GATED else F
     base = row.to(tl.int64)
     columns = column + tl.arange(0, SLICE)[None, :]
@@ -82,7 +82,7 @@ def _slices_backward(
     F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr,
     WIDTH: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's column slices, one after the other: halves of halves, for a tensor can be split in two alone."""
+    """Process a tile's column slices in turn, by recursive halving, because a tensor can only be split in two."""
     if SLICES == 1:
         ds = _slice_backward(da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
                              F, GATED, ACTIVATION, LIMIT, BM, WIDTH)  # fmt: skip
@@ -116,7 +116,7 @@ def up_backward_kernel(
         for k in tl.range(0, WIDE + RANK, BK):
             left, right, at = dy_desc, w2_desc, k
             if RANK > 0:
-                if k >= WIDE:  # the last steps are the adapter's
+                if k >= WIDE:  # the last steps are those of the adapter
                     left, right, at = u_desc, v_desc, k - WIDE
             dy = left.load([row, at])
             w = right.load([e, at, j * BN]).reshape([BK, BN])
@@ -146,19 +146,24 @@ def up_backward(
     beside: Beside | None = None,
     config: UpBackwardConfig = UpBackwardConfig(),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at the pre-activation and at the routing weights.
+    """Compute the gradients of the pre-activations and of the routing weights.
 
     Args:
         dy_rows: (M, D) in expert order.
         h: (M, 2F) or (M, F) pre-activations.
         weights: (T, K) float32, looked up by slot.
+        row_slot: (M,) int32.
+        tiles: of the rows.
         w2: (E, D, F).
-        limit: clamp of gate and up, or None; beyond it no gradient passes.
-        beside: the product of an adapter of w2, with v (E, r, F); it is added to the gradient of a'.
+        activation: of the feed-forward block.
+        gated: whether h holds a gate.
+        limit: clamp of gate and up, or None; the gradient is zero beyond it.
+        beside: an adapter's product, with v (E, r, F), which is added to the gradient of a'.
+        config: tile sizes.
 
     Returns:
-        dh like `h`; a' (M, F); ds (column tiles, M) float32 parts, to be summed in order. Rows behind the
-        last expert are unset.
+        dh like `h`; a' (M, F); ds (column tiles, M) float32 partial sums, to be added in order. Rows after the last
+        expert's are unset.
     """
     n_rows, d_model = dy_rows.shape
     hidden = w2.shape[2]

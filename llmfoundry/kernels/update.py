@@ -1,12 +1,12 @@
 """AdamW in one pass over lists of tensors: unscale, skip, clip, update weights and moments, write bfloat16 copies.
 
-Weights are float32; or float32 in two halves (halves.py); or bfloat16.
+Weights are float32, float32 in two halves (halves.py), or bfloat16.
 
-The scale of the gradients and the flag to skip are read on the device, so the host never waits for the norm. Weights
-and moments may be kept in bfloat16. They are then rounded up or down at random: rounded to the nearest, a second moment
-that changes by less than half of its last bit (with beta2 = 0.999 by 1/1000 per step; bfloat16 has 1/256) would stand
-still, and so would a weight whose update is below 1/512 of it. The random bits are a hash of the step, the number of
-the parameter and the place of the value in the whole tensor: the same on every mesh, and after a resume.
+The gradient scale and the skip flag are read on the device, so the host never waits for the norm. Weights and moments
+may be kept in bfloat16, with stochastic rounding. With rounding to nearest, a second moment that changes by less than
+half of its last bit (with beta2 = 0.999 by 1/1000 per step; bfloat16 has 1/256) would never change, nor would a weight
+whose update is below 1/512 of it. The random bits are a hash of the step, the index of the parameter and the position
+of the value in the full tensor: the same on every mesh, and after a resume.
 
 Bytes moved per value: weight 8 (float32, also in halves) or 4 (bfloat16), gradient 4 or 2, moments 16 or 8, copy 2.
 """
@@ -27,28 +27,28 @@ try:
     import triton.language as tl
 
     from llmfoundry.kernels.halves import join_bits, split_bits
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 _MASK = 0xFFFFFFFF
-_OTHER = 0x5BD1E995  # any number: what is hashed for a weight is not what is hashed for its moments
-WHOLE = 1 << 30  # of a tensor that is cut in its first dim alone: `inner` and `step` are the same
+_OTHER = 0x5BD1E995  # arbitrary, so that a weight's random bits differ from those of its moments
+WHOLE = 1 << 30  # for tensors that are split only in their first dim: `inner` and `step` are equal
 
 
 class Place(NamedTuple):
-    """Where a part of a tensor stands in the whole: its value i is number `start + i // inner * step + i % inner`."""
+    """The position of a part in the full tensor: value i is number `start + i // inner * step + i % inner`."""
 
-    number: int = 0  # of the parameter
+    number: int = 0  # index of the parameter
     start: int = 0
     inner: int = WHOLE
     step: int = WHOLE
 
     @classmethod
     def of(cls, number: int, part: torch.Size, whole: torch.Size, offsets: tuple[int, ...]) -> Place:
-        """Of a part that is cut in its first dim, in another one, or in both.
+        """Return the place of a part that is split in the first dim, in another one, or in both.
 
         Raises:
-            ValueError: it is cut in two dims behind the first.
+            ValueError: if it is split in two dims after the first.
         """
         strides = [int(stride) for stride in torch.empty(whole, device="meta").stride()]
         start = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Of one step: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, with both moments corrected for their bias."""
+    """Settings of a step: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, with bias-corrected moments."""
 
     lr: float
     beta1: float
@@ -102,45 +102,47 @@ def adamw_(
     places: list[Place],
     rule: Rule,
 ) -> None:
-    """One step of AdamW, in place, by a `Rule`.
+    """Take one AdamW step in place, according to a `Rule`.
 
     Args:
-        weights: float32, or bfloat16 that is rounded at random unless its low halves are beside it; of one device
-            and dtype; nothing is empty. On a GPU they and the moments should be contiguous.
-        grads: of one dtype, float32 or bfloat16; they are read only.
-        exp_avgs: of one dtype with `exp_avg_sqs`, float32 or bfloat16.
-        beside: one per weight: bfloat16 copies, which receive the new weights, or int16 low halves (halves.py); or none
-            at all.
-        steps: () float32 each, counted from 1, this step included.
+        weights: float32, or bfloat16 that is rounded stochastically unless its low halves are in `beside`; all on the
+            same device, of the same dtype, and not empty. On a GPU, weights and moments should be contiguous.
+        grads: of one dtype, float32 or bfloat16; not modified.
+        exp_avgs: float32 or bfloat16, of the same dtype as `exp_avg_sqs`.
+        exp_avg_sqs: as `exp_avgs`.
+        beside: one per weight: bfloat16 copies, which receive the new weights, or int16 low halves (halves.py); or
+            empty.
+        steps: () float32 each, counted from 1, including this step.
         divisor: () float32; gradients are divided by it.
-        skip: () float32; 1 leaves weights and moments as they are.
-        places: of each part in its whole tensor, for the random bits.
+        skip: () float32; if 1, weights and moments are not changed.
+        places: of each part in its full tensor, for the random bits.
+        rule: the settings.
     """
     _adamw(weights, grads, exp_avgs, exp_avg_sqs, beside, torch.stack(steps), divisor, skip,
            [n for place in places for n in place], list(rule))  # fmt: skip
 
 
 def corrections(steps: Tensor, beta1: float, beta2: float) -> Tensor:
-    """(n,) steps -> (n, 2) float32: `1 - beta1^t` and the root of `1 - beta2^t`, computed in float64."""
+    """Map (n,) steps to (n, 2) float32: `1 - beta1^t` and the root of `1 - beta2^t`, computed in float64."""
     t = steps.double()
     return torch.stack([1 - beta1**t, (1 - beta2**t).sqrt()], dim=1).float()
 
 
 def hashed(x: Tensor) -> Tensor:
-    """32 bits well mixed, in int64 ("lowbias32", https://github.com/skeeto/hash-prospector)."""
+    """Hash to 32 well-mixed bits, in int64 ("lowbias32", https://github.com/skeeto/hash-prospector)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
 
 
 def rounded(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 -> bfloat16, up with the probability of what is cut off; `noise` is of 16 bits."""
+    """Round float32 to bfloat16 stochastically, up with the probability of the truncated part; `noise` has 16 bits."""
     bits = x.view(torch.int32).long() + noise
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def noise_of(part: Tensor, step: Tensor, place: Place) -> Tensor:
-    """32 random bits for each value of a part, in int64: a hash of the step, the parameter and the value's place."""
+    """Return 32 random bits per value of a part, in int64: a hash of the step, the parameter and the position."""
     at = torch.arange(part.numel(), device=part.device).view(part.shape)
     at = place.start + at // place.inner * place.step + at % place.inner
     key = hashed((step.long() ^ (place.number * 0x9E3779B1)) & _MASK)
@@ -148,19 +150,19 @@ def noise_of(part: Tensor, step: Tensor, place: Place) -> Tensor:
 
 
 def noise_of_weight(noise: Tensor) -> Tensor:
-    """16 more random bits for each value, from its `noise_of`, whose own bits its moments use."""
+    """Return 16 more random bits per value, derived from `noise_of`, whose own bits are used for the moments."""
     return hashed(noise ^ _OTHER) & 0xFFFF
 
 
 def read_weight(weight: Tensor, beside: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype that its step is computed in: itself, if it has that already."""
+    """Return a weight in the dtype that its step is computed in; not a copy if it has that dtype."""
     if beside is not None and beside.dtype == torch.int16:
         return joined(weight, beside)
     return weight.to(dtype)
 
 
 def write_weight(weight: Tensor, beside: Tensor | None, new: Tensor, step: Tensor, place: Place) -> None:
-    """Write a new weight, and what is beside it: its low half, or a copy of it."""
+    """Write a new weight, and its low half or copy in `beside`."""
     if beside is not None and beside.dtype == torch.int16:
         high, low = split(new)
         weight.copy_(high)
@@ -185,7 +187,7 @@ def adamw_reference(
     places: list[Place],
     rule: Rule,
 ) -> None:
-    """`adamw_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    """`adamw_` in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
     lr, beta1, beta2, eps, decay = rule
@@ -206,14 +208,15 @@ def adamw_reference(
 
 
 def table_of(rows: list[tuple[int, list[int]]], device: torch.device) -> Tensor:
-    """What a kernel that walks a list of tensors reads: (n, columns + 1) int64, each tensor's first program in front.
+    """Build the table for a kernel that walks a list of tensors: (n, columns + 1) int64, first programs in front.
 
     Args:
-        rows: of each tensor, how many programs work on it and its columns.
+        rows: for each tensor, its number of programs and its columns.
+        device: of the table.
     """
     firsts = accumulate((programs for programs, _ in rows), initial=0)
     table = [[first, *columns] for first, (_, columns) in zip(firsts, rows, strict=False)]
-    # Pinned, so that the copy does not make the host wait.
+    # Pinned, so that the copy does not block the host.
     pinned = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
 
@@ -223,7 +226,7 @@ if triton is not None:
 
     @triton.jit
     def find_row(table_ptr, n_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-        # of the table, this program's
+        # Return this program's row of the table.
         row = tl.arange(0, ROWS)
         first = tl.load(table_ptr + row * WIDTH, row < n_rows, other=1 << 62)
         return table_ptr + (tl.sum((first <= tl.program_id(0)).to(tl.int32), 0) - 1) * WIDTH
@@ -241,12 +244,12 @@ if triton is not None:
 
     @triton.jit
     def key_bits(count, number):
-        # of the step `count` and the parameter `number`
+        # Hash the step `count` and the parameter `number`.
         return hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
 
     @triton.jit
     def noise_bits(begin, count, number, start, inner, step, BLOCK: tl.constexpr):
-        # `noise_of` for the BLOCK values from `begin` on, in the step `count`; one 64-bit division a block
+        # `noise_of` for BLOCK values from `begin` on, in the step `count`, with one 64-bit division per block.
         r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
         wraps = r // inner.to(tl.uint32)
         whole = (start + begin // inner * step).to(tl.uint32)
@@ -259,7 +262,7 @@ if triton is not None:
 
     @triton.jit
     def load_weight(w_ptr, b_ptr, i, inside, BESIDE: tl.constexpr):
-        # `read_weight`; BESIDE: whether there is anything at b_ptr
+        # `read_weight`; BESIDE: whether b_ptr is used.
         w = tl.load(w_ptr + i, inside, other=0.0)
         if BESIDE and b_ptr.dtype.element_ty == tl.int16:
             w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
@@ -267,7 +270,7 @@ if triton is not None:
 
     @triton.jit
     def store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE: tl.constexpr):
-        # `write_weight`; the noise is that of the values, and removed where nothing is rounded
+        # `write_weight`. `noise` belongs to the values; the compiler removes it if nothing is rounded.
         if BESIDE and b_ptr.dtype.element_ty == tl.int16:
             high, low = split_bits(w)
             tl.store(w_ptr + i, high, inside)
@@ -285,8 +288,8 @@ if triton is not None:
         WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, BESIDE: tl.constexpr, TENSORS: tl.constexpr,
         ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # Rows of the table: a tensor's first program, five pointers, how many values, its position, and its Place.
-        # BESIDE: the dtype of what is beside a weight, or None.
+        # Table columns: a tensor's first program, five pointers, its number of values, its position in the lists, and
+        # its Place. BESIDE: the dtype of `beside`, or None.
         if tl.load(skip_ptr) != 0:
             return
         of = find_row(table_ptr, n_tensors, 12, TENSORS)
@@ -316,7 +319,7 @@ if triton is not None:
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
         w = w * keep - size * m / (tl.sqrt(v) / root + eps)
-        noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
+        noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # eliminated if nothing is rounded
         store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE is not None)
         if MOMENT == tl.bfloat16:
             tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
@@ -338,7 +341,7 @@ def adamw_triton(
     places: list[Place],
     rule: Rule,
 ) -> None:
-    """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
+    """`adamw_` by the Triton kernel: one launch for all tensors, plus one for those not aligned to 16 bytes."""
     device = weights[0].device
     grads = [grad.contiguous() for grad in grads]
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int16: tl.int16}

@@ -1,8 +1,8 @@
-"""Gradients of the experts' matrices: each expert's rows of one side, transposed, times those of the other.
+"""Gradients of the experts' matrices: each expert's rows of one operand, transposed, times those of the other.
 
 Shapes: M rows in expert order, P rows and N columns of a matrix, E experts: left (M, P), right (M, N) -> (E, P, N).
-The sum runs over an expert's tokens. Ragged descriptors read zeros behind its last row, so tails need no mask,
-and an empty expert's tiles are written as the zeros that the accumulator starts from: no buffer is cleared.
+The sum runs over an expert's tokens. Ragged descriptors read zeros after its last row, so tails need no mask. The tiles
+of an empty expert are written as the accumulator's initial zeros, so no buffer is cleared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmfoundry.kernels.whole import next_power_of_2
 
 
 class WeightGradConfig(NamedTuple):
-    """Tile sizes: `height` x `width` of the matrix, `depth` tokens per step."""
+    """Tile sizes: `height` x `width` of the matrix, and `depth` tokens per step."""
 
     height: int = 128
     width: int = 256
@@ -39,7 +39,7 @@ class WeightGradConfig(NamedTuple):
     num_warps: int = 8
     num_stages: int = 3
     flatten: bool = False
-    pieces: int = 1  # column pieces that the accumulator is stored in: smaller staging, more stages
+    pieces: int = 1  # column pieces in which the accumulator is stored: less staging memory, more stages
 
 
 @triton.jit
@@ -68,17 +68,19 @@ def weight_grad_kernel(
 def weight_grad(
     left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig | HopperConfig = WeightGradConfig()
 ) -> Tensor:
-    """`left[rows of e].T @ right[rows of e]` for each expert e.
+    """Compute `left[rows of e].T @ right[rows of e]` for each expert e.
 
     Args:
         left: (M, P) in expert order.
         right: (M, N) in expert order.
+        tiles: of the rows.
+        config: tile sizes.
 
     Returns:
         (E, P, N) in the dtype of `left`; zero for an expert without rows.
     """
     if isinstance(config, HopperConfig):
-        from llmfoundry.kernels.hopper import weight_grad_hopper  # Gluon is experimental
+        from llmfoundry.kernels.hopper import weight_grad_hopper  # imported here because Gluon is experimental
 
         return weight_grad_hopper(left, right, tiles, config=config)
     n_experts = tiles.expert_start.numel() - 1

@@ -1,10 +1,10 @@
-"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows and documents.
+"""Causal self-attention: grouped queries, RoPE or ALiBi, sliding windows and document masks.
 
-Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
-heads, G kv heads, C head_dim.
+Shapes: B rows, S sequence (queries of this call), P keys (P = S without a cache), D d_model, H query heads, G kv heads,
+C head_dim.
 The model builds the mask once per forward (`attention_mask`) for all layers with the same window. It is None for plain
-causal attention, and for a single query that sees everything: torch's fused kernels are fastest without a mask.
-Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhere.
+causal attention, and for a single query that attends to everything, because PyTorch's fused kernels are fastest without
+a mask. Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhere.
 """
 
 from __future__ import annotations
@@ -26,64 +26,64 @@ from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
 from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
 Mask = Tensor | BlockMask | None
-FULL = -1  # the window that sees every earlier token
+FULL = -1  # no sliding window: attend to every earlier token
 
 
 class AttentionConfig(Choice, tag="attn_type"):
-    """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
+    """Base class of the attention configs: `attn_config` in the YAML, with the keys that all types share."""
 
-    attn_type: str = "multihead_attention"  # how keys and values are made
-    # auto: torch's fused kernels (cuDNN's on Hopper), FlexAttention where a mask needs it; flex: CUDA only, slower than
-    # cuDNN, and the same bits twice
+    attn_type: str = "multihead_attention"  # how keys and values are computed
+    # auto: PyTorch's fused kernels (cuDNN's on Hopper), or FlexAttention where a mask needs it. flex: CUDA only, slower
+    # than cuDNN, but bitwise reproducible
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
-    rope: bool = False  # rotary positions
-    rope_theta: float = Field(10000.0, gt=0)  # base of the rotation's wavelengths
-    rope_scaling: RopeScaling = NoScaling()  # for contexts longer than those trained on
-    # Earlier tokens that a token sees besides itself, as in LLM Foundry; -1: all. `transformers` counts the token
-    # too: its sliding_window is this plus 1.
+    rope: bool = False  # rotary position embeddings
+    rope_theta: float = Field(10000.0, gt=0)  # base of the wavelengths
+    rope_scaling: RopeScaling = NoScaling()  # for contexts longer than in pretraining
+    # Number of earlier tokens that a token attends to besides itself, as in LLM Foundry; -1: all. `transformers`
+    # includes the token itself: its sliding_window is this plus 1.
     sliding_window_size: int = Field(default=FULL, ge=FULL)
-    attn_uses_sequence_id: bool = False  # a token sees its own document only
-    bias: bool | None = None  # of the projection in; None: as the model's no_bias says
-    out_bias: bool | None = None  # of the projection out
+    attn_uses_sequence_id: bool = False  # a token attends only to its own document
+    bias: bool | None = None  # bias of the input projection; None: as the model's no_bias says
+    out_bias: bool | None = None  # bias of the output projection; None: as no_bias
 
     def filled(self, bias: bool) -> Self:
-        """A copy with the model's value for each key that the YAML left out."""
+        """Return a copy with the model's values for the keys that the YAML leaves out."""
         update = {key: bias for key in ("bias", "out_bias") if getattr(self, key) is None}
         return self.model_copy(update=update)
 
     @property
     def has_positions(self) -> bool:
-        """Whether attention encodes positions itself, so that the model needs no learned position embedding."""
+        """Whether attention encodes positions itself, so that the model needs no learned position embeddings."""
         return self.rope
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
+        """Whether the scores are modified, which PyTorch's fused kernels cannot do without a mask."""
         return False
 
     @property
     def dropout(self) -> float:
-        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        """Dropout probability of the attention weights in training; FlexAttention does not support it."""
         return 0.0
 
     def check(self, d_model: int, n_heads: int) -> None:
-        """Raise ValueError where the sizes do not fit the model's."""
+        """Raise ValueError if the sizes do not fit the model's."""
         raise NotImplementedError
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
-        """Dims of a head that rotate."""
+        """Return the number of dims per head that RoPE rotates."""
         raise NotImplementedError
 
     def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
-        """Parameters of one layer, which may reuse keys and values of another."""
+        """Return the number of parameters in one layer, which may reuse the keys and values of another."""
         raise NotImplementedError
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
-        """Mean of score dims and value dims, summed over heads: what one pair of query and key costs."""
+        """Return the mean of score dims and value dims, summed over heads: the cost of one query-key pair."""
         raise NotImplementedError
 
     def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> nn.Module:
-        """The module, whose forward is `(x, rope, mask, cache) -> (B, S, D)`."""
+        """Build the module, whose forward is `(x, rope, mask, cache) -> (B, S, D)`."""
         raise NotImplementedError
 
 
@@ -92,31 +92,31 @@ class GroupedQueryConfig(
 ):
     """Softmax attention with H query heads over G key-value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    kv_n_heads: int | None = Field(default=None, ge=1)  # grouped_query_attention only
+    kv_n_heads: int | None = Field(default=None, ge=1)  # number of key-value heads, for grouped_query_attention only
     head_dim: int | None = Field(default=None, ge=1)  # None: d_model / n_heads
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
-    qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
-    qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
-    norm_type: NormType | None = None  # of qk_norm and qk_ln; None: the model's
-    norm_eps: float | None = Field(default=None, gt=0)  # of these norms; None: the model's
-    clip_qkv: float | None = Field(default=None, gt=0)  # clamp queries, keys and values to -x ... x
+    qk_norm: bool = False  # normalize each head of q and k, as in Qwen3
+    qk_ln: bool = False  # normalize all heads of q (of k) together, as in OLMoE
+    norm_type: NormType | None = None  # type of qk_norm and qk_ln; None: the model's norm_type
+    norm_eps: float | None = Field(default=None, gt=0)  # eps of qk_norm and qk_ln; None: the model's norm_eps
+    clip_qkv: float | None = Field(default=None, gt=0)  # clamp q, k and v to [-x, x]
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
-    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # scores become c * tanh(score / c), as Gemma 2
-    # The part of the attention weights that is dropped in training. With windows, documents or ALiBi on a GPU, it takes
-    # a dense mask in place of FlexAttention.
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # scores become c * tanh(score / c), as in Gemma 2
+    # Dropout of the attention weights in training. With windows, documents or ALiBi on a GPU, it uses a dense mask
+    # instead of FlexAttention.
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    sinks: bool = False  # a learned score per head that joins the softmax and has no value, as gpt-oss
-    alibi: bool = False  # scores fall with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
+    sinks: bool = False  # a learned score per head that joins the softmax and has no value, as in gpt-oss
+    alibi: bool = False  # scores decrease with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
     alibi_bias_max: int = Field(default=8, ge=1)  # the smallest slope is 2^-alibi_bias_max
 
     @property
     def has_positions(self) -> bool:
-        """Whether attention encodes positions itself, so that the model needs no learned position embedding."""
+        """Whether attention encodes positions itself, so that the model needs no learned position embeddings."""
         return self.rope or self.alibi
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
+        """Whether the scores are modified, which PyTorch's fused kernels cannot do without a mask."""
         return self.needs_plain or self.alibi
 
     @property
@@ -126,17 +126,17 @@ class GroupedQueryConfig(
 
     @property
     def dropout(self) -> float:
-        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        """Dropout probability of the attention weights in training; FlexAttention does not support it."""
         return self.attn_pdrop
 
     def head_norm(self, norm: NormConfig) -> NormConfig:
-        """The norm of queries and keys, given the model's."""
+        """Return the config of the q and k norms, given the model's norm."""
         return norm.model_copy(
             update={"norm_type": self.norm_type or norm.norm_type, "eps": self.norm_eps or norm.eps},
         )
 
     def check(self, d_model: int, n_heads: int) -> None:
-        """Raise ValueError where the sizes do not fit the model's."""
+        """Raise ValueError if the sizes do not fit the model's."""
         if self.qk_norm and self.qk_ln:
             raise ValueError("qk_norm (each head) and qk_ln (all heads) exclude each other; keep one")
         if self.head_dim is None and d_model % n_heads:
@@ -163,21 +163,21 @@ class GroupedQueryConfig(
             raise ValueError("norm_type and norm_eps belong to qk_norm or qk_ln, which are off; set those of the model")
 
     def kv_heads(self, n_heads: int) -> int:
-        """Key-value heads, G."""
+        """Return the number of key-value heads, G."""
         if self.attn_type == "grouped_query_attention":
             return self.kv_n_heads or n_heads
         return 1 if self.attn_type == "multiquery_attention" else n_heads
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
-        """Dims of a head that rotate: all of them, C."""
+        """Return the number of dims per head that RoPE rotates: all of them, C."""
         return self.head_dim or d_model // n_heads
 
     def score_dims(self, d_model: int, n_heads: int) -> int:
-        """As in `AttentionConfig`: H * C."""
+        """Return H * C; see `AttentionConfig`."""
         return n_heads * self.rotary_dim(d_model, n_heads)
 
     def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
-        """Parameters of one layer, which may reuse keys and values of another."""
+        """Return the number of parameters in one layer, which may reuse the keys and values of another."""
         head, kv = self.rotary_dim(d_model, n_heads), 0 if reuses_kv else self.kv_heads(n_heads)
         rows, columns = (n_heads + 2 * kv) * head, n_heads * head
         biases = (rows if self.bias else 0) + (d_model if self.out_bias else 0)
@@ -188,28 +188,28 @@ class GroupedQueryConfig(
         return (rows + columns) * d_model + biases + norms + (n_heads if self.sinks else 0)
 
     def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> Attention:
-        """The module."""
+        """Build the module."""
         return Attention(self, d_model, n_heads, norm, reuses_kv)
 
 
 class KeysAndValues(NamedTuple):
-    """What queries attend to, for layers that share it: normalised, clipped and rotated."""
+    """Keys and values that layers can share: normalized, clipped and rotated."""
 
     k: Tensor  # (B, G, P, C)
     v: Tensor  # (B, G, P, C)
 
 
 class Attended(NamedTuple):
-    """The output of attention, and what it attended to."""
+    """The output of attention, with the keys and values that it used."""
 
     y: Tensor  # (B, S, D)
     kv: KeysAndValues
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values.
+    """Grouped-query attention. The rows of `wqkv` are queries, then keys, then values.
 
-    One that reuses the keys and values of an earlier layer has `wq` in its place.
+    A layer that reuses the keys and values of an earlier one has `wq` instead.
     """
 
     def __init__(
@@ -236,13 +236,13 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None = None) -> Tensor:
-        """Attend from each token of `x` to those before it.
+        """Attend from each token of `x` to itself and the tokens before it.
 
         Args:
             x: (B, S, D).
-            rope: the table of these S positions, or None.
-            mask: what `attention_mask` made for this layer's window.
-            cache: keys and values of the tokens before `x`; those of `x` are added.
+            rope: the RoPE table of these S positions, or None.
+            mask: from `attention_mask`, for this layer's window.
+            cache: keys and values of the preceding tokens; those of `x` are appended.
 
         Returns:
             (B, S, D).
@@ -255,7 +255,8 @@ class Attention(nn.Module):
         """As `forward`, for layers that share keys and values.
 
         Args:
-            kv: those of the layer that this one reuses, earlier tokens included; the cache is left alone then.
+            kv: keys and values of the layer that this one reuses, including cached tokens; the cache is then not
+                changed.
         """
         q, own = self._project(x, rope)  # (B, H, S, C), (B, G, S, C) twice
         if kv is None:
@@ -264,7 +265,7 @@ class Attention(nn.Module):
         return Attended(self.out_proj(self._weighted(q, kv, mask)), kv)
 
     def _weighted(self, q: Tensor, kv: KeysAndValues, mask: Mask) -> Tensor:
-        """(B, H, S, C) -> (B, S, H C), the weighted values of all heads."""
+        """Compute the weighted values of all heads: (B, H, S, C) -> (B, S, H C)."""
         k, v = kv
         bias, drop = None, self.dropout if self.training else 0.0
         if self.config.alibi and not isinstance(mask, BlockMask):
@@ -278,17 +279,17 @@ class Attention(nn.Module):
             if bias is not None:
                 mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
             grouped = self.kv_heads != self.n_heads
-            if grouped and mask is not None:  # torch's fused kernels take groups or a mask, not both
+            if grouped and mask is not None:  # PyTorch's fused kernels support groups or a mask, not both
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, P, C)
                 grouped = False
-            causal = mask is None and q.shape[2] > 1  # one query sees all keys
+            causal = mask is None and q.shape[2] > 1  # a single query attends to all keys
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=drop, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
         return y.transpose(1, 2).flatten(2)  # (B, S, H C)
 
     def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysAndValues | None]:
-        """Queries, and keys and values unless reused, normalised, clipped and rotated as the config says."""
+        """Compute queries and, unless reused, keys and values: normalized, clipped and rotated as configured."""
         config, clip = self.config, self.config.clip_qkv
         qkv = self.wq(x) if self.reuses_kv else self.wqkv(x)  # (B, S, (H + 2G) C)
         if rope is not None and self._in_one_pass(qkv):
@@ -307,13 +308,13 @@ class Attention(nn.Module):
         return self._finished(q, "q_norm", rope), KeysAndValues(k, v.transpose(1, 2))
 
     def _in_one_pass(self, qkv: Tensor) -> bool:
-        """Whether a kernel of ours can normalise and rotate."""
+        """Whether the fused Triton kernel can normalize and rotate."""
         config = self.config
         normed = (config.qk_norm or config.qk_ln) and not self.reuses_kv and isinstance(self.q_norm, RMSNorm)
         return normed and config.clip_qkv is None and has_kernel(qkv)
 
     def _finished(self, heads: Tensor, norm: str, rope: Rope | None) -> Tensor:
-        """Queries or keys (B, S, H, C), normalised, clipped if that comes after, and rotated: (B, H, S, C)."""
+        """Normalize, clip (if configured after the norm) and rotate q or k: (B, S, H, C) -> (B, H, S, C)."""
         config, clip = self.config, self.config.clip_qkv
         if config.qk_norm:
             heads = getattr(self, norm)(heads)
@@ -327,7 +328,7 @@ class Attention(nn.Module):
         return alibi_slopes(self.n_heads, self.config.alibi_bias_max, device)
 
     def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        """(B, H, S, C), (B, G, S, C) twice -> (B, H, S, C), by FlexAttention."""
+        """Attend with FlexAttention: (B, H, S, C), (B, G, S, C) twice -> (B, H, S, C)."""
         cap = self.config.attn_logit_softcapping
         slopes = self._slopes(q.device) if self.config.alibi else None
 
@@ -337,7 +338,7 @@ class Attention(nn.Module):
 
         score = None if cap is None and slopes is None else changed
         y, lse = flex.attend(q, k, v, mask, self.scale, score, lse=self.sinks is not None)
-        if self.sinks is not None and lse is not None:  # a sink shrinks all weights
+        if self.sinks is not None and lse is not None:  # a sink scales down all weights
             y = (y * torch.sigmoid(lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
 
@@ -350,19 +351,21 @@ def attention_mask(
     sequence_ids: Tensor | None,
     device: torch.device,
 ) -> Mask:
-    """The mask of one forward for the layers with this window.
+    """Build the mask of one forward for the layers with this window.
 
     Args:
-        window: earlier tokens seen besides the token itself; -1: all.
+        config: of attention.
+        window: number of earlier tokens to attend to besides the token itself; -1: all.
         n_queries: S.
-        offset: tokens in the cache; query i is at position offset + i.
-        sequence_ids: (B, P) document numbers, or None where tokens see other documents.
+        offset: number of cached tokens; query i is at position offset + i.
+        sequence_ids: (B, P) document numbers, or None to attend across documents.
+        device: of the mask.
 
     Returns:
-        None, a `BlockMask`, or a boolean tensor that broadcasts to (B, H, S, P), True where seen.
+        None, a `BlockMask`, or a boolean tensor that broadcasts to (B, H, S, P), True where a query attends to a key.
 
     Raises:
-        ValueError: for attn_impl=flex off CUDA.
+        ValueError: for attn_impl=flex on a device other than CUDA.
     """
     if config.attn_impl == "flex" and device.type != "cuda":
         raise ValueError(f"attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")

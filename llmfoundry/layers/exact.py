@@ -1,4 +1,4 @@
-"""Buffers that keep their dtype when a module is cast."""
+"""A module base class whose buffers keep their dtype when the module is cast."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class ExactBuffers(nn.Module):
-    """A module whose buffers are never rounded: `.to(dtype)`, `.half()` and the like cast its parameters alone.
+    """A module whose buffers keep their dtype: `.to(dtype)`, `.half()` and the like only cast its parameters.
 
-    A scale that is shared by 64 values, or a bias that is the sum of small steps, is wrong in bfloat16.
+    A scale that 64 values share, or a bias that accumulates small steps, would lose accuracy in bfloat16.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

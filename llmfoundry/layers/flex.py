@@ -1,4 +1,4 @@
-"""FlexAttention: its mask of blocks, and one compiled function for each kind of attention.
+"""FlexAttention: builds block masks, and compiles one function per kind of attention.
 
 Shapes: B rows, S queries and keys, H query heads, G kv heads, C head_dim, V head_dim of values, N blocks of S.
 """
@@ -15,28 +15,30 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from llmfoundry.layers.graphs import with_own_code
 
-BLOCK = 128  # queries and keys of a block, FlexAttention's own default
-NO_WINDOW = 2**31 - 1  # the same for every length, since the compiled code holds it as a constant
+BLOCK = 128  # queries and keys per block; FlexAttention's default
+NO_WINDOW = 2**31 - 1  # independent of the length, because the compiled code holds it as a constant
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class FlexOutput(NamedTuple):
-    """What attention gives, and what a sink needs to join the softmax later."""
+    """The output of attention, and the log-sum-exp needed to add a sink to the softmax afterwards."""
 
     y: Tensor  # (B, H, S, V)
-    lse: Tensor | None  # (B, H, S) float32, log-sum-exp of the scores, if asked for
+    lse: Tensor | None  # (B, H, S) float32, log-sum-exp of the scores, if requested
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, score: Score | None = None, lse: bool = False
 ) -> FlexOutput:
-    """Attention in one fused kernel, which is compiled at the first call of a kind unless a graph holds this call.
+    """Attend with one fused kernel. It is compiled at the first call of each kind, unless a graph is being compiled.
 
     Args:
         q: (B, H, S, C).
         k: (B, G, S, C).
         v: (B, G, S, V).
-        score: changes the scores; None: they stay.
+        mask: from `block_mask`.
+        scale: factor on the scores.
+        score: modifies the scores; None: unmodified.
         lse: whether to return the log-sum-exp.
     """
     if torch.compiler.is_compiling():
@@ -69,12 +71,12 @@ def _attend(
 
 
 def _compile() -> Callable[..., FlexOutput]:
-    """Without `fullgraph`, torch would run it eagerly past the recompile limit, holding (B, H, S, S) scores."""
+    """Compile `_attend`. Past the recompile limit, only `fullgraph` prevents eager runs with (B, H, S, S) scores."""
     return torch.compile(with_own_code(_attend, "flex_attention_of_a_kind"), fullgraph=True)
 
 
 def _constants(function: Callable[..., Tensor] | None) -> tuple[object, ...]:
-    """What a graph holds as constants of a function: its code, and what it encloses except tensors' values."""
+    """Return what a graph treats as constant in a function: its code, and its closure except tensor values."""
     if function is None:
         return ()
     enclosed = (cell.cell_contents for cell in function.__closure__ or ())
@@ -82,27 +84,28 @@ def _constants(function: Callable[..., Tensor] | None) -> tuple[object, ...]:
 
 
 def _layout(x: Tensor) -> tuple[object, ...]:
-    """What a graph depends on, except sizes that it can leave open: rows, unless one, and the length."""
+    """Return what a graph depends on, except dynamic sizes: the number of rows, unless it is one, and the length."""
     return x.dtype, x.device, x.requires_grad, x.shape[0] == 1, x.shape[1], x.shape[3]
 
 
 def block_mask(window: int, length: int, sequence_ids: Tensor | None, device: torch.device) -> BlockMask:
-    """The mask of causal attention, by blocks: those seen in whole, and those that have to look at each pair.
+    """Build a causal block mask, which separates fully visible blocks from blocks that are masked per pair.
 
-    It is computed from the first and last position and the least and greatest document of each block, (B, N, N) at
-    most. FlexAttention's own `create_block_mask` looks at (B, S, S) pairs, and has to be compiled.
+    It is computed from the first and last position and the smallest and largest document number of each block, in (B,
+    N, N) at most. FlexAttention's own `create_block_mask` evaluates (B, S, S) pairs and must be compiled.
 
     Args:
-        window: earlier tokens seen besides the token itself; NO_WINDOW: all.
+        window: number of earlier tokens to attend to besides the token itself; NO_WINDOW: all.
         length: S.
         sequence_ids: (B, S) document numbers in any order, or None.
+        device: of the mask.
     """
     n = -(-length // BLOCK)
     first = torch.arange(0, n * BLOCK, BLOCK, device=device)  # (N,)
     last = first + BLOCK - 1
     end = last.clamp(max=length - 1)
     some = (first <= end[:, None]) & (first[:, None] - end <= window)  # (N, N), queries by keys
-    # The last block is never whole if it is short.
+    # A short last block is never fully visible.
     every = (last <= first[:, None]) & (last[:, None] - first <= window) & (last[:, None] < length)
     some, every = some[None], every[None]  # (1, N, N)
     mask_mod = _near(window)
@@ -123,7 +126,7 @@ def block_mask(window: int, length: int, sequence_ids: Tensor | None, device: to
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., N, N) -> how many blocks each row has, (..., N), and which, (..., N, N): those come first, in order."""
+    """Map (..., N, N) to the number of blocks per row, (..., N), and their indices first, in order, (..., N, N)."""
     order = blocks.byte().contiguous().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()
 

@@ -1,6 +1,6 @@
-"""Copies of functions to compile, so that each has a recompile limit of its own.
+"""Copies of functions for torch.compile, so that each has its own recompile limit.
 
-torch.compile keeps its graphs by code object, and gives up after eight of them: it then runs the function eagerly, or
+torch.compile caches graphs per code object, and gives up after eight of them: it then runs the function eagerly, or
 fails. A function that is compiled for several kinds of inputs needs a copy for each kind.
 """
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def with_own_code(function: Callable[P, R], name: str) -> Callable[P, R]:
-    """The same function with a code object of its own, under this name."""
+    """Return the same function with its own code object, under this name."""
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
     return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

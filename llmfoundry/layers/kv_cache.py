@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, for generation.
+"""The key-value cache for generation.
 
 Shapes: B rows, S new tokens, P all tokens so far, G kv heads, C head_dim.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of one layer's earlier tokens (or their latents), in buffers that grow by doubling."""
+    """Keys and values (or latents) of one layer's earlier tokens, in buffers that grow by doubling."""
 
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
@@ -17,14 +17,14 @@ class KVCache:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest keys and values.
+        """Append new keys and values.
 
         Args:
             k: (B, G, S, C).
             v: (B, G, S, C); its C may differ from that of `k`.
 
         Returns:
-            All keys and values so far, (B, G, P, C) each; views of buffers that the next call extends.
+            All keys and values so far, (B, G, P, C) each, as views of buffers that the next call extends.
         """
         end = self.length + k.shape[2]
         if self._buffers is None or end > self.capacity:
@@ -36,7 +36,7 @@ class KVCache:
         return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Drop all but the first `length` tokens."""
         self.length = min(self.length, length)
 
     def _grown(self, new: Tensor, which: int) -> Tensor:

@@ -1,11 +1,11 @@
 """Multi-head latent attention: keys and values are expanded from one small latent per token (DeepSeek-V2 and V3).
 
-Shapes: B rows, S sequence (queries of this call), P keys seen, D d_model, H heads, R kv_lora_rank, N qk_nope_head_dim,
-C qk_rope_head_dim, V v_head_dim.
-A head's query and key have N dims without position and C rotated ones; all heads share the rotated part of the key.
-The cache holds only the normalised latent and that shared part, R + C numbers per token. For many queries, the latents
-are expanded to keys and values. A single query is projected into the latent space instead, where all heads share keys
-and values of R dims, so that the cache is read once.
+Shapes: B rows, S sequence (queries of this call), P keys, D d_model, H heads, R kv_lora_rank, N qk_nope_head_dim, C
+qk_rope_head_dim, V v_head_dim.
+A head's query and key have N dims without position and C rotated ones; all heads share the rotated part of the key. The
+cache holds only the normalized latent and that shared part, R + C numbers per token. For many queries, the latents are
+expanded to keys and values. A single query is instead projected into the latent space, where all heads share keys and
+values of R dims, so that the cache is read once.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from llmfoundry.layers.lora import effective_weight
 from llmfoundry.layers.norm import NormConfig, RMSNorm
 from llmfoundry.layers.rope import Rope, YarnScaling, rotate, yarn_magnitude
 
-_LATENT_EPS = 1e-6  # whatever the model's norm_eps: the published checkpoints were trained with it
+_LATENT_EPS = 1e-6  # whatever the model's norm_eps is: the published checkpoints were trained with it
 
 
 class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
-    """Attention over latents (DeepSeek-AI 2024, arXiv:2405.04434); the keys are the checkpoints' own.
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434), with the keys of DeepSeek's config.json.
 
-    `bias` is for the projections down to the latents, `out_bias` for the output projection, as `attention_bias` of
-    `transformers`. The projections up from the latents have none, nor has a query projection without a latent.
+    `bias` applies to the down-projections to the latents, and `out_bias` to the output projection, as `attention_bias`
+    in `transformers`. The up-projections, and a query projection without a latent, have no bias.
     """
 
-    rope: bool = True  # rotary positions
-    rope_interleaved: bool = True  # neighbouring dims rotate together, as in the checkpoints; False: i and i + C/2
-    q_lora_rank: int | None = Field(default=None, ge=1)  # of the queries' latent; None: queries from x directly
-    kv_lora_rank: int = Field(ge=1)  # of the latent of keys and values
-    qk_nope_head_dim: int = Field(ge=1)  # of a query or key: dims without positions
-    qk_rope_head_dim: int = Field(ge=2)  # of a query or key: dims that rotate
-    v_head_dim: int = Field(ge=1)  # of a value
-    # None: 1 / sqrt(N + C), times the square of yarn's magnitude for mscale_all_dim, where that is set.
+    rope: bool = True  # rotary position embeddings
+    rope_interleaved: bool = True  # rotate adjacent dims together, as in the checkpoints; False: dims i and i + C/2
+    # Rank of the queries' latent; None: queries are projected from x
+    q_lora_rank: int | None = Field(default=None, ge=1)
+    kv_lora_rank: int = Field(ge=1)  # rank of the keys' and values' latent
+    qk_nope_head_dim: int = Field(ge=1)  # dims of a query or key without position
+    qk_rope_head_dim: int = Field(ge=2)  # dims of a query or key that RoPE rotates
+    v_head_dim: int = Field(ge=1)  # dims of a value
+    # None: 1 / sqrt(N + C), times the square of YaRN's magnitude for mscale_all_dim, if that is set.
     softmax_scale: float | None = Field(default=None, gt=0)
 
     @property
     def qk_head_dim(self) -> int:
-        """Dims of a query and of a key, N + C."""
+        """Dims of a query or key, N + C."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by."""
+        """The factor on the scores."""
         if self.softmax_scale is not None:
             return self.softmax_scale
         yarn = self.rope_scaling
@@ -59,20 +60,20 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         return self.qk_head_dim**-0.5
 
     def check(self, d_model: int, n_heads: int) -> None:
-        """Raise ValueError where the sizes do not fit the model's."""
+        """Raise ValueError if the sizes do not fit the model's."""
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rope rotates dims in pairs")
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
-        """Dims of a head that rotate, C."""
+        """Return the number of dims per head that RoPE rotates, C."""
         return self.qk_rope_head_dim
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
-        """Mean of score dims and value dims, summed over heads, in training, where latents are expanded."""
+        """Return the mean of score dims and value dims, summed over heads, for training, where latents are expanded."""
         return n_heads * (self.qk_head_dim + self.v_head_dim) / 2
 
     def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
-        """Parameters of one layer; none reuses keys and values."""
+        """Return the number of parameters in one layer; latent attention never reuses keys and values."""
         rank, q_rank = self.kv_lora_rank, self.q_lora_rank
         q_rows, down = n_heads * self.qk_head_dim, rank + self.qk_rope_head_dim
         keys_and_values = down * d_model + rank + rank * n_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -82,12 +83,12 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         return queries + keys_and_values + biases + out
 
     def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> LatentAttention:
-        """The module."""
+        """Build the module."""
         return LatentAttention(self, d_model, n_heads)
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention. `wkv_b` holds, head by head, the rows of its key and then of its value."""
+    """Multi-head latent attention. `wkv_b` holds, for each head, the rows of its key and then of its value."""
 
     def __init__(self, config: LatentConfig, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -105,13 +106,13 @@ class LatentAttention(nn.Module):
         self.out_proj = nn.Linear(n_heads * config.v_head_dim, d_model, bias=bool(config.out_bias))
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None = None) -> Tensor:
-        """Attend from each token of `x` to those before it.
+        """Attend from each token of `x` to itself and the tokens before it.
 
         Args:
             x: (B, S, D).
-            rope: the table of these S positions, or None.
-            mask: what `attention_mask` made for this layer's window.
-            cache: latents and rotated keys of the tokens before `x`; those of `x` are added.
+            rope: the RoPE table of these S positions, or None.
+            mask: from `attention_mask`, for this layer's window.
+            cache: latents and rotated keys of the preceding tokens; those of `x` are appended.
 
         Returns:
             (B, S, D).
@@ -127,7 +128,7 @@ class LatentAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H V) -> (B, S, D)
 
     def _queries(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
-        """(B, H, S, N), without position, and (B, H, S, C), rotated."""
+        """Compute the queries: (B, H, S, N) without position, and (B, H, S, C) rotated."""
         config = self.config
         q = self.wq(x) if config.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
         heads = q.unflatten(-1, (self.n_heads, -1))  # (B, S, H, N + C)
@@ -137,7 +138,7 @@ class LatentAttention(nn.Module):
         return q_nope.transpose(1, 2), q_rope.transpose(1, 2)
 
     def _latents(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
-        """(B, 1, S, R), normalised, and (B, 1, S, C), the rotated part of all heads' keys."""
+        """Compute the normalized latent (B, 1, S, R), and the rotated part of all heads' keys (B, 1, S, C)."""
         config = self.config
         latent, k_rope = self.wkv_a(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         k_rope = k_rope.unsqueeze(2)  # (B, S, 1, C)
@@ -146,7 +147,7 @@ class LatentAttention(nn.Module):
         return self.kv_norm(latent).unsqueeze(1), k_rope.transpose(1, 2)
 
     def _attend(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
-        """Expand the latents to each head's keys and values: (B, H, S, V)."""
+        """Attend after expanding the latents to each head's keys and values: (B, H, S, V)."""
         config = self.config
         expanded = self.wkv_b(latent.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, P, N + V)
         k_nope, v = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, H, P, N), (B, H, P, V)
@@ -154,13 +155,13 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, P, N + C)
         if isinstance(mask, BlockMask):
             return flex.attend(q, k, v, mask, config.scale).y
-        causal = mask is None and q.shape[2] > 1  # one query sees all keys
+        causal = mask is None and q.shape[2] > 1  # a single query attends to all keys
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=config.scale)
 
     def _attend_to_latents(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The same for one query per row, on the latents themselves: (B, H, 1, V).
+        """Attend to the latents themselves, for one query per row: (B, H, 1, V).
 
         `q . (W_k c) = (W_k^T q) . c`, and `sum_p a_p (W_v c_p) = W_v (sum_p a_p c_p)`: no latent is expanded.
         """

@@ -1,12 +1,12 @@
-"""Low-rank adapters (LoRA): what is trained in place of a frozen weight W is B A, of rank r, added to it.
+"""Low-rank adapters (LoRA): a trained product B A of rank r is added to a frozen weight W.
 
 Shapes: D in, N out, r rank, E experts.
-The adapter runs beside the weight: y = W x + s B (A x). Those of stacked experts do so inside the experts' kernels
+The adapter runs beside the weight: y = W x + s B (A x). For stacked experts, this happens inside the expert kernels
 (kernels/low_rank.py).
 
-The adapters are parameters beside their weight (`wqkv.lora_A`, `experts.w1_lora_A`), so no name of the base model
-changes, and whatever reads or writes base weights by name needs to know nothing of them. A module that can adapt
-stacked parameters has empty slots of those names and `set_adapters`.
+The adapters are parameters beside their weight (`wqkv.lora_A`, `experts.w1_lora_A`), so that the names of the base
+model do not change, and code that reads or writes base weights by name can ignore them. A module with adaptable stacked
+parameters has empty slots of those names, and a `set_adapters` method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmfoundry.kernels.low_rank import frozen_linear_plus, rounds_once
 from llmfoundry.layers.nf4 import NF4Weight, fits
 
 _SIDES = ("lora_A", "lora_B")
-# peft's target_modules in the names of Hugging Face models; those of one entry are one weight here.
+# PEFT's target_modules, by llmfoundry weight. Each group of Hugging Face names forms one llmfoundry weight.
 _THEIRS: dict[str, tuple[tuple[str, ...], ...]] = {
     "wqkv": (("q_proj", "k_proj", "v_proj"),),
     "out_proj": (("o_proj",),),
@@ -41,27 +41,27 @@ _THEIRS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 class LoRAConfig(Config):
-    """`lora` in the model's block of the YAML; peft's names (r, lora_alpha, lora_dropout) are accepted.
+    """LoRA adapters: `lora` in the YAML's `model`; PEFT's names (r, lora_alpha, lora_dropout) are accepted.
 
-    It stands there, not beside the optimizer, because adapters are parameters: they are built, counted, sharded, drawn
-    and saved with the model, and a checkpoint's config has to say that they are there. Which weights are trained
-    follows from it alone. Source: Hu et al. 2021, arXiv:2106.09685.
+    This belongs to the model, not to the optimizer, because adapters are parameters: they are built, counted, sharded,
+    initialized and saved with the model, and a checkpoint's config must include them. It alone determines which weights
+    are trained. Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
     ALIASES: ClassVar[dict[str, str]] = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
-    rank: int = Field(ge=1)  # of the two matrices of an adapter
+    rank: int = Field(ge=1)  # rank of A and B
     alpha: float = Field(gt=0)  # the adapter is scaled by alpha / rank
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead: Kalajdzievski 2023, arXiv:2312.03732
-    # The part of what an adapter sees that is dropped in training. With adapters of experts, the Triton kernels cannot:
-    # moe_impl: auto takes grouped_mm then.
+    # Dropout of the adapter's input in training. The Triton kernels do not support it for adapters of experts:
+    # moe_impl: auto then uses grouped_mm.
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    # nf4: the frozen weights of the blocks' linear layers and experts are kept in 4 bits (QLoRA), quantised as
-    # load_path is read, and made anew in each layer's forward. Needs parallel.recompute.
+    # nf4: keep the frozen weights of the blocks' linear layers and experts in 4 bits (QLoRA). They are quantized while
+    # load_path is read, and dequantized in each layer's forward. Needs parallel.recompute.
     quantize: Literal["nf4"] | None = None
-    # A list: ends of our names (wqkv, out_proj, ffn.w1, experts.w2, ...), or Hugging Face's (q_proj, k_proj, v_proj,
-    # ...), where those that are one weight here stand together. A string: a pattern that matches a whole name, such as
-    # blocks\.[0-3]\.attn\..*; or all-linear: every linear layer of the blocks and the experts, but not the router,
+    # A list of name suffixes: llmfoundry's (wqkv, out_proj, ffn.w1, experts.w2, ...) or Hugging Face's (q_proj, k_proj,
+    # v_proj, ...), which must include all parts of a fused weight. A string: a regular expression for whole names, such
+    # as blocks\.[0-3]\.attn\..*; or all-linear: every linear layer of the blocks and the experts, except the router,
     # the embedding and the head.
     target_modules: str | list[str] = "all-linear"
 
@@ -79,7 +79,7 @@ class LoRAConfig(Config):
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor on B A."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
 
@@ -92,13 +92,13 @@ class Adapter(NamedTuple):
 
 
 class _Stacked(Protocol):
-    """A module that can adapt stacked parameters."""
+    """A module whose stacked parameters can have adapters."""
 
     def set_adapters(self, scale: float, dropout: float) -> None: ...
 
 
 class _Switched(Protocol):
-    """A module whose adapters can be off."""
+    """A module whose adapters can be turned off."""
 
     lora_off: bool
 
@@ -107,23 +107,23 @@ class FrozenLinear(nn.Linear):
     """A linear layer whose weight is kept in NF4. It takes over the bias of the layer that it replaces."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and initialize a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.frozen, self.bias = NF4Weight(linear.weight), linear.bias
         self.register_parameter("weight", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`W x + b`."""
+        """Compute `W x + b`."""
         return F.linear(input, self.frozen(input.dtype), self.bias)
 
 
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter. It takes over the parameters of the layer that it replaces."""
 
-    frozen: NF4Weight | None  # in place of the weight
+    frozen: NF4Weight | None  # replaces the weight
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and initialize a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_scale, self.lora_dropout, self.lora_off = config.scale, config.dropout, False
@@ -132,7 +132,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank))
 
     def forward(self, input: Tensor) -> Tensor:
-        """`W x + b + s B (A x)`."""
+        """Compute `W x + b + s B (A x)`."""
         weight = self.weight if self.frozen is None else self.frozen(input.dtype)
         if self.lora_off:
             return F.linear(input, weight, self.bias)
@@ -141,15 +141,16 @@ class LoRALinear(nn.Linear):
         if not rounds_once(input.dtype):
             return F.linear(input, weight, self.bias) + added
         y = frozen_linear_plus(input.flatten(0, -2), weight, added.flatten(0, -2)).view_as(added)
-        # Last: added to the bias first, what the adapter adds would be lost to rounding.
+        # Added last: added to the bias first, the adapter's small output would be lost to rounding.
         return cast(Tensor, y if self.bias is None else y + self.bias)
 
 
 def effective_weight(linear: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight (N, D) that a linear layer amounts to, its adapter included.
+    """Return the weight (N, D) of a linear layer with its adapter merged.
 
     Args:
-        dtype: of a weight that is kept in NF4.
+        linear: with or without an adapter.
+        dtype: of the result, if the weight is kept in NF4.
     """
     frozen = linear.frozen if isinstance(linear, LoRALinear | FrozenLinear) else None
     weight = linear.weight if frozen is None else frozen(dtype)
@@ -159,12 +160,13 @@ def effective_weight(linear: nn.Linear, dtype: torch.dtype = torch.float32) -> T
 
 
 def adapted(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-    """`W + s B A` in the dtype of the weight.
+    """Return `W + s B A` in the dtype of the weight.
 
     Args:
-        weight: (N, D), or (E, N, D) of experts.
-        a: (r, D), or (E, r, D); None where there is no adapter.
+        weight: (N, D), or (E, N, D) for experts.
+        a: (r, D), or (E, r, D); None if there is no adapter.
         b: (N, r), or (E, N, r).
+        scale: s.
     """
     if a is None or b is None:
         return weight
@@ -172,12 +174,12 @@ def adapted(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) ->
 
 
 def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> None:
-    """Give the targets in `blocks` their adapters, and freeze all other parameters of `model`, in place.
+    """Add adapters to the targets in `blocks`, and freeze all other parameters of `model`, in place.
 
-    B is zero, so nothing has changed yet; A is zero too until initial weights are drawn.
+    B is zero, so the model's output does not change; A is zero too until weights are initialized.
 
     Raises:
-        ValueError: a target matches nothing.
+        ValueError: if a target matches nothing.
     """
     targets = list(_targets(blocks))
     chosen = _chosen([name for name, _ in targets], config.target_modules)
@@ -197,9 +199,9 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
 
 
 def quantize_frozen(blocks: nn.Module) -> None:
-    """Give the frozen weights of linear layers and stacked experts in `blocks` their place in NF4, in place.
+    """Replace the frozen weights of linear layers and stacked experts in `blocks` by empty NF4 weights, in place.
 
-    A weight that is not a whole number of blocks of 64 values stays as it is.
+    A weight whose size is not a multiple of 64 values stays unchanged.
     """
     for path, module in list(blocks.named_modules()):
         if isinstance(module, LoRALinear):
@@ -217,7 +219,7 @@ def quantize_frozen(blocks: nn.Module) -> None:
 
 
 def frozen_weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
-    """The weights in NF4, by the names that they have in the base model."""
+    """Yield the NF4 weights, with their names in the base model."""
     for path, module in model.named_modules():
         if isinstance(module, NF4Weight):
             owner, _, slot = path.rpartition(".")
@@ -225,7 +227,7 @@ def frozen_weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
-    """The adapters of a model, in the order of its parameters."""
+    """Yield the adapters of a model, in the order of its parameters."""
     named = dict(model.named_parameters())
     for name, a in named.items():
         if name.endswith(_SIDES[0]):
@@ -233,13 +235,13 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
 
 
 def wider_than_weight(model: nn.Module) -> Adapter | None:
-    """An adapter whose rank exceeds the smaller side of its weight: it has more parameters than it can use."""
+    """Return an adapter whose rank exceeds the smaller side of its weight, which wastes parameters; None if none."""
     return next((each for each in adapters(model) if each.a.shape[-2] > min(each.a.shape[-1], each.b.shape[-2])), None)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its frozen weights do."""
+    """Turn off a model's adapters inside the context, so that it computes with its frozen weights only."""
     adapting = [cast(_Switched, module) for module in model.modules() if hasattr(module, "lora_off")]
     for module in adapting:
         module.lora_off = True
@@ -251,12 +253,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is part of an adapter."""
+    """Return whether a parameter of this name is part of an adapter."""
     return name.endswith(_SIDES)
 
 
 def _targets(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name in the model, module that has it) of all that can have an adapter."""
+    """Yield (name in the model, owning module) of all weights that can have an adapter."""
     for path, module in blocks.named_modules(prefix="blocks"):
         if isinstance(module, nn.Linear):
             yield path, module
@@ -266,7 +268,7 @@ def _targets(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _chosen(names: list[str], wanted: str | list[str]) -> set[str]:
-    """Which names `target_modules` means."""
+    """Return the names that `target_modules` selects."""
     if wanted == "all-linear":
         return set(names)
     known = ", ".join(sorted({".".join(name.split(".")[2:]) for name in names}))
@@ -279,7 +281,7 @@ def _chosen(names: list[str], wanted: str | list[str]) -> set[str]:
 
 
 def _in_our_names(names: list[str], wanted: list[str], known: str) -> list[str]:
-    """The targets, with those in Hugging Face's names replaced by what holds them here."""
+    """Return the targets, with Hugging Face names replaced by the llmfoundry weights that hold them."""
     leaves = {name.rpartition(".")[2] for name in names}
     ours = [target for target in wanted if any(_matches(name, target) for name in names)]
     rest = [target for target in wanted if target not in ours]

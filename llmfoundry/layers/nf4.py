@@ -1,9 +1,9 @@
-"""Frozen weights in 4 bits: NF4, sixteen levels and one scale for each 64 values (QLoRA).
+"""Frozen weights in 4 bits: NF4, with sixteen levels and one scale for every 64 values (QLoRA).
 
-A weight takes 4.5 bits per value in place of 16 or 32. It is made anew, in the dtype of the input, each time that a
-layer runs; with recompute no copy outlives its block. Ranks may share the codes of a weight: each keeps a part, and
-they are gathered, in 4.5 bits, just before the weight is made.
-Source: Dettmers et al. 2023, arXiv:2305.14314, whose levels these are.
+A weight takes 4.5 bits per value instead of 16 or 32. It is dequantized, to the dtype of the input, each time a layer
+runs; with activation recomputation no copy outlives its block. Ranks may share the codes of a weight: each keeps a
+part, and they are all-gathered, in 4.5 bits per value, just before dequantization.
+Source: Dettmers et al. 2023, arXiv:2305.14314, which defines the levels.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.layers.exact import ExactBuffers
 
-BLOCK = 64  # values that share a scale
+BLOCK = 64  # values per scale
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_AT_ONCE = 2**24  # values that are made or quantised together, which bounds the float32 copies
+_AT_ONCE = 2**24  # values that are quantized or dequantized together, to bound the float32 copies
 
 
 class NF4Weight(ExactBuffers):
-    """A weight in NF4. Its buffers are not part of the state dict: they come from the base model's weights."""
+    """A weight in NF4. Its buffers are not in the state dict, because they are made from the base model's weights."""
 
     codes: Tensor  # (n / 2,) uint8, the first of two values in the high bits; of a shared weight, this rank's part
     scales: Tensor  # (n / 64,) float32, the largest magnitude of each block
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
-        self.shape = tuple(like.shape)  # of what `forward` returns
-        self.first = 0  # its place in dim 0 of the whole weight
-        self._holders: dist.ProcessGroup | None = None  # ranks that have the other parts of dim 0
-        self._sharers: dist.ProcessGroup | None = None  # ranks that share the codes
+        self.shape = tuple(like.shape)  # of the result of `forward`
+        self.first = 0  # its offset in dim 0 of the full weight
+        self._holders: dist.ProcessGroup | None = None  # the ranks that hold the other parts of dim 0
+        self._sharers: dist.ProcessGroup | None = None  # the ranks that share the codes
         self._allocate(self._blocks, like.device)
 
     def keep_part(self, group: dist.ProcessGroup) -> None:
-        """Of dim 0, be this rank's of equal parts, such as its experts. On the meta device.
+        """Keep only this rank's equal part of dim 0, such as its experts. Call this on the meta device.
 
         Raises:
-            ValueError: a part is not a whole number of blocks.
+            ValueError: if a part is not a multiple of 64 values.
         """
         ranks, rank = group.size(), group.rank()
         n = self.shape[0] // ranks
@@ -56,13 +56,13 @@ class NF4Weight(ExactBuffers):
         self._allocate(self._blocks, self.codes.device)
 
     def share(self, group: dist.ProcessGroup) -> None:
-        """Keep this rank's part of the codes only. On the meta device."""
+        """Keep only this rank's part of the codes. Call this on the meta device."""
         self._sharers = group
-        self._allocate(-(-self._blocks // group.size()), self.codes.device)  # equal parts: the last may be longer
+        self._allocate(-(-self._blocks // group.size()), self.codes.device)  # equal parts; the last may be padded
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """The shape with the parts that other ranks have."""
+        """The shape including the parts of other ranks."""
         return (self.shape[0] * (1 if self._holders is None else self._holders.size()), *self.shape[1:])
 
     @property
@@ -75,9 +75,9 @@ class NF4Weight(ExactBuffers):
         self.register_buffer("scales", scales.to(device), persistent=False)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a dtype."""
+        """Dequantize the weight to a dtype."""
         codes, scales = (self.codes, self.scales) if self._sharers is None else self._gathered(self._sharers)
-        if torch.compiler.is_compiling():  # one kernel, without copies
+        if torch.compiler.is_compiling():  # one fused kernel, without copies
             return dequantize(codes, scales, dtype).view(self.shape)
         out = torch.empty(2 * codes.numel(), dtype=dtype, device=codes.device)
         for part in _parts(out.numel()):
@@ -86,7 +86,7 @@ class NF4Weight(ExactBuffers):
         return out.view(self.shape)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """The weight with the parts that other ranks have. A collective if there are any."""
+        """Dequantize the weight, including the parts of other ranks. This is a collective if there are any."""
         mine = self(dtype)
         if self._holders is None:
             return mine
@@ -95,9 +95,9 @@ class NF4Weight(ExactBuffers):
         return out
 
     def pieces(self) -> Iterator[slice]:
-        """What is quantised together: parts of dim 0 of the weight's shape, bounded in size.
+        """Yield the slices of dim 0 to quantize one at a time, bounded in size.
 
-        Only those of which this rank keeps something: no other values are needed.
+        Only slices of which this rank keeps a part are returned; no other values are needed.
         """
         row = math.prod(self.shape[1:])
         step = BLOCK // math.gcd(BLOCK, row)
@@ -110,10 +110,11 @@ class NF4Weight(ExactBuffers):
 
     @torch.no_grad()
     def quantize_(self, values: Tensor, start: int = 0) -> None:
-        """Take over values.
+        """Quantize values into this weight.
 
         Args:
-            values: those of a whole weight of this shape, or from `start` on in dim 0, as `pieces` says.
+            values: the values of the whole weight, or of a slice from `pieces`.
+            start: where the slice starts in dim 0.
         """
         flat, mine = values.reshape(-1), self._mine
         begin = start * math.prod(self.shape[1:])
@@ -128,14 +129,14 @@ class NF4Weight(ExactBuffers):
 
     @property
     def _mine(self) -> slice:
-        """The values whose codes are here."""
+        """The range of values whose codes this rank holds."""
         n, held = math.prod(self.shape), 2 * self.codes.numel()
         rank = 0 if self._sharers is None else self._sharers.rank()
         return slice(min(rank * held, n), min((rank + 1) * held, n))
 
     @torch.compiler.disable
     def _gathered(self, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        """Codes and scales of all ranks."""
+        """All-gather the codes and scales."""
         found = []
         for mine, n in ((self.codes, self._blocks * BLOCK // 2), (self.scales, self._blocks)):
             out = mine.new_empty(group.size() * len(mine))
@@ -146,12 +147,12 @@ class NF4Weight(ExactBuffers):
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight is a whole number of blocks."""
+    """Return whether a weight's size is a multiple of the block size."""
     return weight.numel() % BLOCK == 0
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (n,) -> codes (n / 2,) uint8 and scales (n / 64,) float32: each value's nearest level."""
+    """Quantize values (n,) to codes (n / 2,) uint8 and scales (n / 64,) float32, rounding to the nearest level."""
     blocks = values.float().view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=values.device)
@@ -161,7 +162,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values (n,) of codes; computed in float32, rounded once."""
+    """Dequantize codes to values (n,); computed in float32, rounded once."""
     levels = torch.tensor(LEVELS, device=codes.device)
     both = torch.stack([codes >> 4, codes & 15], 1).int()  # (n / 2, 2)
     return (levels[both].view(-1, BLOCK) * scales.unsqueeze(1)).view(-1).to(dtype)

@@ -1,6 +1,6 @@
-"""Normalisation over the last dim, with float32 statistics whatever the input's dtype.
+"""Normalization over the last dim, with float32 statistics whatever the input's dtype.
 
-Shapes: `...` any leading shape, D the normalised size.
+Shapes: `...` any leading shape, D the normalized size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NormType = Literal["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precisi
 
 
 class NormConfig(Config):
-    """Which normalisation; the model's config makes it from its own keys.
+    """The type of normalization; the model's config creates it from its own keys.
 
     LLM Foundry's low_precision_* names are accepted and mean the same: statistics are always float32, and the output
     has the input's dtype.
@@ -29,15 +29,15 @@ class NormConfig(Config):
 
     @property
     def is_rms(self) -> bool:
-        """Whether it is RMSNorm, else LayerNorm."""
+        """Whether it is RMSNorm rather than LayerNorm."""
         return self.norm_type.endswith("rmsnorm")
 
     def n_params(self, dim: int) -> int:
-        """Parameters over `dim` features."""
+        """Return the number of parameters for `dim` features."""
         return dim if self.is_rms or not self.bias else 2 * dim
 
     def build(self, dim: int) -> RMSNorm | LayerNorm:
-        """The module over `dim` features."""
+        """Build the module for `dim` features."""
         return RMSNorm(dim, self.eps) if self.is_rms else LayerNorm(dim, self.eps, self.bias)
 
 
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D) in the dtype of `x`; torch's kernel takes the statistics in float32 and rounds once."""
+        """Normalize (..., D) in the dtype of `x`; PyTorch's kernel computes statistics in float32 and rounds once."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -64,6 +64,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D) in the dtype of `x`; torch's kernel takes the statistics in float32 and rounds once."""
+        """Normalize (..., D) in the dtype of `x`; PyTorch's kernel computes statistics in float32 and rounds once."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)

@@ -1,9 +1,9 @@
-"""Rotary position embedding, rotate-half convention, with the scalings that long-context models use.
+"""Rotary position embeddings (RoPE), in the rotate-half convention, with the scalings of long-context models.
 
 Shapes: B rows, S sequence, N heads of any kind, C head_dim.
-The table is computed from the positions once per forward, in float32, by the same sequence of operations as in
-`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored in buffers, so the length has no
-limit.
+The table is computed from the positions once per forward, in float32, with the same sequence of operations as in
+`transformers`, so that a converted checkpoint gets bitwise the same values. Nothing is stored in buffers, so the length
+has no limit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Rope(NamedTuple):
 
 
 class RopeScaling(Choice, tag="type"):
-    """Root of the scalings: `rope_scaling` in the YAML."""
+    """Base class of the scalings: `rope_scaling` in the YAML."""
 
     type: str = "none"  # how the wavelengths change
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians per position."""
+        """Return the frequencies (C/2,) float32, in radians per position."""
         raise NotImplementedError
 
     @property
@@ -46,30 +46,30 @@ def _plain_inv_freq(theta: float, dim: int, device: torch.device) -> Tensor:
 
 
 class NoScaling(RopeScaling, names=("none", "default", "no_scaling")):
-    """Su et al. 2021, arXiv:2104.09864."""
+    """No scaling (Su et al. 2021, arXiv:2104.09864)."""
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians per position."""
+        """Return the frequencies (C/2,) float32, in radians per position."""
         return _plain_inv_freq(theta, dim, device)
 
 
 class LinearScaling(RopeScaling, names=("linear",)):
-    """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+    """Divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float = Field(gt=0)  # new context length / original one
+    factor: float = Field(gt=0)  # new context length / original context length
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians per position."""
+        """Return the frequencies (C/2,) float32, in radians per position."""
         return _plain_inv_freq(theta, dim, device) / self.factor
 
 
 class Llama3Scaling(RopeScaling, names=("llama3",)):
-    """Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    """Divides low frequencies by `factor`, keeps high ones, and blends those between (Llama 3.1)."""
 
-    factor: float = Field(gt=0)  # new context length / original one
-    low_freq_factor: float = Field(gt=0)  # wavelengths above original length / this are divided by factor
+    factor: float = Field(gt=0)  # new context length / original context length
+    low_freq_factor: float = Field(gt=0)  # wavelengths above original length / this are scaled
     high_freq_factor: float = Field(gt=0)  # wavelengths below original length / this are kept
-    original_max_position_embeddings: int = Field(gt=0)  # tokens that the model was first trained on
+    original_max_position_embeddings: int = Field(gt=0)  # context length of pretraining, in tokens
 
     @model_validator(mode="after")
     def _check_range(self) -> Llama3Scaling:
@@ -80,7 +80,7 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
         return self
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians per position."""
+        """Return the frequencies (C/2,) float32, in radians per position."""
         inv_freq = _plain_inv_freq(theta, dim, device)
         low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         wavelength = 2 * math.pi / inv_freq
@@ -92,12 +92,12 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
 
 
 class YarnScaling(RopeScaling, names=("yarn",)):
-    """Dims of low frequency are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
+    """Interpolates dims of low frequency and keeps the others (Peng et al. 2023, arXiv:2309.00071)."""
 
-    factor: float = Field(gt=0)  # new context length / original one
-    original_max_position_embeddings: int = Field(gt=0)  # tokens that the model was first trained on
-    beta_fast: float = Field(32.0, gt=0)  # a dim with more turns over the original length is kept
-    beta_slow: float = Field(1.0, gt=0)  # a dim with fewer turns is interpolated in full
+    factor: float = Field(gt=0)  # new context length / original context length
+    original_max_position_embeddings: int = Field(gt=0)  # context length of pretraining, in tokens
+    beta_fast: float = Field(32.0, gt=0)  # dims with more rotations over the original length are kept
+    beta_slow: float = Field(1.0, gt=0)  # dims with fewer rotations are fully interpolated
     attention_factor: float | None = Field(None, gt=0)  # None: from `factor`, or from the two mscales
     mscale: float | None = None  # DeepSeek's; with mscale_all_dim it sets attention_factor
     mscale_all_dim: float | None = None  # DeepSeek's, see mscale
@@ -114,7 +114,7 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         return yarn_magnitude(self.factor, 1.0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians per position."""
+        """Return the frequencies (C/2,) float32, in radians per position."""
         exponent = torch.arange(0, dim, 2, device=device).to(torch.float32) / dim
         wavelength = theta**exponent
         low, high = self._dim_of(self.beta_fast, theta, dim), self._dim_of(self.beta_slow, theta, dim)
@@ -127,18 +127,18 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         return 1.0 / (self.factor * wavelength) * (1 - kept) + 1.0 / wavelength * kept
 
     def _dim_of(self, turns: float, theta: float, dim: int) -> float:
-        """The (fractional) dim that makes `turns` turns over the original length."""
+        """Return the (fractional) dim that makes `turns` rotations over the original length."""
         length = self.original_max_position_embeddings
         return (dim * math.log(length / (turns * 2 * math.pi))) / (2 * math.log(theta))
 
 
 def yarn_magnitude(factor: float, mscale: float) -> float:
-    """What yarn multiplies queries and keys by when it stretches the context `factor` times."""
+    """Return YaRN's factor on q and k for a context that is `factor` times longer."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) -> Rope:
-    """The table of one forward.
+    """Compute the RoPE table of one forward.
 
     Args:
         scaling: of the frequencies.
@@ -154,19 +154,19 @@ def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) 
 
 
 def rotate(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
-    """Rotate each head of queries or keys by its position.
+    """Rotate each head of q or k by its position.
 
     Args:
-        x: (B, S, N, C); computed in float32 (float64 stays), rounded once.
-        rope: the table of the S positions.
+        x: (B, S, N, C); computed in float32 (or float64, if given), rounded once.
+        rope: the RoPE table of the S positions.
         interleaved: rotate dims 2i and 2i + 1 together, as DeepSeek does, instead of i and i + C/2.
 
     Returns:
-        (B, S, N, C): the first dims of all pairs, then the second ones, also if `x` was interleaved. Queries and keys
-        have the same order, and only their products matter.
+        (B, S, N, C): the first dims of all pairs, then the second ones, even if `x` was interleaved. This is consistent
+        between q and k, and only their products matter.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)  # (S, 1, C/2), or of each row
+    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)  # (S, 1, C/2), or per row
     x_up = x.to(dtype)
     a, b = (x_up[..., ::2], x_up[..., 1::2]) if interleaved else x_up.chunk(2, dim=-1)  # (B, S, N, C/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Linear layers whose products are of e4m3, for `precision: amp_fp8`.
+"""Linear layers whose matrix products are in e4m3, for `precision: amp_fp8`.
 
 Shapes: J inputs, N outputs of a linear layer.
 """
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from llmfoundry.kernels.scaled_linear import scaled_linear
 
-STEP = 16  # J and N are multiples of it: 16 bytes
+STEP = 16  # J and N must be multiples of this: 16 bytes
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer in e4m3. Parameters and their names are those of any other."""
+    """A linear layer in e4m3, with the parameters of an nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`W x + b`."""
+        """Compute `W x + b`."""
         y = cast(Tensor, scaled_linear(input.flatten(0, -2), self.weight)[0]).view(*input.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 def scaled_refusal(linear: nn.Linear) -> str | None:
-    """Why a layer cannot be a `ScaledLinear`, or None."""
+    """Return why a layer cannot be a `ScaledLinear`, or None if it can."""
     if linear.in_features % STEP or linear.out_features % STEP:
         return f"{linear.in_features} and {linear.out_features} are not multiples of {STEP}"
     return None

@@ -1,6 +1,6 @@
-"""Attention step by step, and ALiBi: what a fused kernel does at once, for modified scores and as its reference.
+"""Unfused attention, and ALiBi: used for modified scores, and as the reference of the fused kernels.
 
-Shapes: B rows, S queries, P keys seen, H query heads, G kv heads, C head_dim.
+Shapes: B rows, S queries, P keys, H query heads, G kv heads, C head_dim.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ def plain_attention(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention step by step, with float32 scores: the reference, and what modified scores use off CUDA.
+    """Compute attention step by step, with float32 scores: the reference, and the path for modified scores off CUDA.
 
     Args:
         q: (B, H, S, C).
         k: (B, G, P, C).
         v: (B, G, P, C).
-        mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
+        mask: boolean, broadcast to (B, H, S, P), True where a query attends to a key; None: everywhere.
+        scale: factor on the scores.
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: (H,) one score per head that joins the softmax and has no value.
-        bias: broadcast to (B, H, S, P), added to the scores after the cap.
-        dropout: the part of the weights that is dropped; the others grow by 1 / (1 - dropout).
+        bias: broadcast to (B, H, S, P), added to the scores after soft-capping.
+        dropout: dropout probability of the attention weights.
 
     Returns:
         (B, H, S, C) in the dtype of `q`.
@@ -59,10 +60,10 @@ def plain_attention(
 
 
 def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
-    """How fast each head's scores fall, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
+    """Return the slope of each head, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
 
     For any other H, as in MPT: the slopes of the next power of two, every second one first. The operations are those of
-    `transformers`, so that the bits are the same.
+    `transformers`, so that the values are bitwise equal.
     """
     power = 2 ** math.ceil(math.log2(n_heads))
     exponents = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (bias_max / power)
@@ -71,7 +72,9 @@ def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
 
 
 def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query is at the last key."""
+    """Return the bias on the scores, (H, S, P) float32: minus slope times distance. The last query is at the last
+    key.
+    """
     i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]  # (S, 1)
     j = torch.arange(n_keys, device=slopes.device)  # (P,)
     return slopes[:, None, None] * (j - i)

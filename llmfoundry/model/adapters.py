@@ -1,11 +1,11 @@
-"""Adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`, and folded into their weights.
+"""Saves and loads LoRA adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), and merges them.
 
 Shapes: D in, N out, r rank, E experts.
-peft names a tensor after the Hugging Face model's module, which may hold a part of one of our fused weights (`q_proj`
-has rows of `wqkv`), so whoever saves or loads hands in `Names`. Written out, such parts share their A. Read, they may
-have one each: their ranks then add up, and the model's own rank has to hold them.
-peft stacks experts' A as (E r, D), experts outermost, and B as (N, r E), experts innermost, and two stacked parameters
-of one module are nested: the first one's tensors lie below `base_layer`.
+PEFT names a tensor after a module of the Hugging Face model, which may hold only a part of one of llmfoundry's fused
+weights (`q_proj` is some rows of `wqkv`). So callers pass a `Names` function. When saving, such parts share the same A.
+When loading, each part may have its own A: their ranks then add up and must fit the model's rank.
+PEFT stacks the experts' A as (E r, D), with the experts outermost, and B as (N, r E), with the experts innermost. Two
+stacked parameters of one module are nested: the tensors of the first lie under `base_layer`.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from llmfoundry.model.transformer import CausalLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# In a mixture peft takes linear layers of these names for the experts of transformers 4, and doubles their rank.
+# In MoE models, PEFT takes linear layers with these names for the experts of transformers 4, and doubles their rank.
 _OLD_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class PeftPart(NamedTuple):
-    """A module or stacked parameter of the Hugging Face model that holds a weight of ours, or some of its rows."""
+    """A module or stacked parameter of the Hugging Face model that holds all or some rows of an llmfoundry weight."""
 
     name: str  # without `.weight`
-    rows: slice | Tensor = slice(None)  # of ours, along N: those that it holds, in its order
+    rows: slice | Tensor = slice(None)  # rows of the llmfoundry weight, along N, in this part's order
 
 
-Names = Callable[[str], Sequence[PeftPart]]  # by the name of our weight, without `.weight`
+Names = Callable[[str], Sequence[PeftPart]]  # from an llmfoundry weight name, without `.weight`
 
 
 class _Entry(NamedTuple):
-    """Where peft keeps the adapter of one part."""
+    """Where PEFT stores the adapter of one part."""
 
-    name: str  # our weight's
+    name: str  # of the llmfoundry weight
     part: PeftPart
     stacked: bool
-    key: str  # of its tensors, before `.lora_A.weight`
+    key: str  # tensor name before `.lora_A.weight`
 
 
 def save_peft(
@@ -59,17 +59,17 @@ def save_peft(
     base_model: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write a model's adapters as peft reads them.
+    """Save a model's adapters in PEFT's format.
 
     Args:
-        model: sharded or not; every rank has to call this, and the first one writes.
-        folder: made if need be.
-        names: the Hugging Face model's names.
-        base_model: what `base_model_name_or_path` shall say.
-        optimizer: of a model that is being trained; it may keep the low halves of weights (kernels/halves.py).
+        model: sharded or not. Every rank must call this; rank 0 writes.
+        folder: created if necessary.
+        names: maps llmfoundry weights to Hugging Face modules.
+        base_model: value of `base_model_name_or_path`.
+        optimizer: of a model in training; it may hold the low halves of weights (kernels/halves.py).
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: if the model has no adapters.
     """
     config = model.config.lora
     if config is None:
@@ -81,7 +81,7 @@ def save_peft(
         b = b[..., entry.part.rows, :]
         if entry.stacked:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, D), (N, r E)
-        tensors[f"{entry.key}.lora_A.weight"] = a.contiguous().clone()  # parts share it, files do not
+        tensors[f"{entry.key}.lora_A.weight"] = a.contiguous().clone()  # safetensors files cannot share memory
         tensors[f"{entry.key}.lora_B.weight"] = b.contiguous()
     if runtime.is_rank0():
         folder = Path(folder)
@@ -94,12 +94,12 @@ def save_peft(
 
 @torch.no_grad()
 def load_peft(model: CausalLM, folder: str | Path, names: Names) -> None:
-    """Read adapters from peft's files into those of the model, which keep their rank and scale.
+    """Load adapters from PEFT's files into the model's adapters, which keep their rank and scale.
 
-    A weight that the files do not adapt gets B = 0: it is as in the base model.
+    B is set to 0 for weights that the files do not adapt.
 
     Raises:
-        ValueError: the files hold something that this model cannot.
+        ValueError: if the files hold adapters that the model cannot represent.
     """
     folder = Path(folder)
     settings = json.loads((folder / CONFIG).read_text())
@@ -126,9 +126,9 @@ def load_peft(model: CausalLM, folder: str | Path, names: Names) -> None:
 
 
 def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole values of the base model's tensors with the adapters added to them, one at a time.
+    """Yield the names and full values of the base model's tensors with the adapters merged, one at a time.
 
-    Every rank of a sharded model has to go through all of them.
+    Every rank of a sharded model must iterate over all of them.
     """
     found = {name: (a, b) for name, a, b in adapters(model)}
     unpacked = ((name, frozen.whole(torch.float32)) for name, frozen in frozen_weights(model))
@@ -143,14 +143,14 @@ def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _entries(model: CausalLM, names: Names) -> list[_Entry]:
-    """Every part of every adapter, with peft's name for it."""
+    """Return every part of every adapter, with its name in PEFT."""
     found: list[tuple[str, PeftPart, bool]] = []
     for name, a, _ in adapters(model):
         found += [(name, part, a.dim() == 3) for part in names(name)]
     owners = [part.name.rpartition(".")[0] if stacked else "" for _, part, stacked in found]
     entries = []
     for i, (name, part, stacked) in enumerate(found):
-        # Each further stacked parameter of a module is wrapped around those before it.
+        # PEFT wraps each further stacked parameter of a module around the previous ones.
         key = owners[i] + ".base_layer" * owners[i + 1 :].count(owners[i]) if stacked else part.name
         entries.append(_Entry(name, part, stacked, _PREFIX + key))
     return entries
@@ -159,7 +159,7 @@ def _entries(model: CausalLM, names: Names) -> list[_Entry]:
 def _peft_config(config: LoRAConfig, entries: list[_Entry], mixture: bool, base_model: str | None) -> dict[str, object]:
     modules, parameters = set(), set()
     for _, part, stacked, _ in entries:
-        short = ".".join(part.name.split(".")[-2:])  # as peft matches: by the end of the name
+        short = ".".join(part.name.split(".")[-2:])  # PEFT matches by suffix
         if stacked:
             parameters.add(short)
         elif mixture and short.endswith(_OLD_EXPERTS):
@@ -185,7 +185,7 @@ def _peft_config(config: LoRAConfig, entries: list[_Entry], mixture: bool, base_
 
 
 def _fill(name: str, a: Tensor, b: Tensor, parts: list[tuple[PeftPart, Tensor, Tensor]]) -> None:
-    """Set one adapter from its parts: each A once, each part's B in the columns of its A."""
+    """Set one adapter from its parts: each distinct A once, and each part's B in the columns of its A."""
     if not parts:
         local_shard(b).local.zero_()
         return

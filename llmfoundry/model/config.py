@@ -1,4 +1,4 @@
-"""The configs of a model and of its initial weights: `model` in the YAML, and `init_config` inside it.
+"""The configs of a model and of its initialization: `model` in the YAML, and `init_config` inside it.
 
 Shapes: D d_model, L layers.
 """
@@ -18,41 +18,41 @@ _EMBEDDING = ("wte.weight", "wpe.weight")
 
 
 class ModelConfig(Choice, tag="name"):
-    """Root of the models: `model` in the YAML."""
+    """Base class of the models: `model` in the YAML."""
 
     name: str = "mpt_causal_lm"  # the kind of model
-    max_seq_len: int = Field(default=2048, ge=1, le=2**31)  # the longest row, in tokens; sizes learned positions
+    max_seq_len: int = Field(default=2048, ge=1, le=2**31)  # the longest row, in tokens; number of learned positions
 
     def n_params(self) -> int:
-        """All parameters."""
+        """Return the number of parameters."""
         raise NotImplementedError
 
     def n_active_params(self) -> int:
-        """Active parameters: those that one token uses. Of a layer's experts, these are the ones it is routed to."""
+        """Return the number of active parameters: those that one token uses, so only the experts it is routed to."""
         raise NotImplementedError
 
     def n_trainable_params(self) -> int:
-        """Parameters that training changes."""
+        """Return the number of parameters that are trained."""
         return self.n_params()
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
-        """Model FLOPs per token, forward and backward, in sequences of `seq_len` (None: `max_seq_len`)."""
+        """Return model FLOPs per token, forward and backward, for sequences of `seq_len` (None: `max_seq_len`)."""
         raise NotImplementedError
 
     def check_trainable(self) -> None:
-        """Refuse a model that can be used but not trained.
+        """Check that every part of the model can be trained.
 
         Raises:
-            ConfigError: a part of the model could not learn.
+            ConfigError: if a part would not learn.
         """
 
     def build(self) -> nn.Module:
-        """The module, its weights not yet initialised; call it under `torch.device("meta")`."""
+        """Build the module, without initializing its weights; call it under `torch.device("meta")`."""
         raise NotImplementedError
 
 
 class Draw(NamedTuple):
-    """The distribution of a parameter's first values."""
+    """The distribution of a parameter's initial values."""
 
     std: float
     uniform: bool = False  # else normal
@@ -60,25 +60,27 @@ class Draw(NamedTuple):
 
 
 class InitConfig(Config):
-    """`init_config`, in LLM Foundry's words.
+    """Weight initialization, with LLM Foundry's keys.
 
     Standard deviations: kaiming_* gain / sqrt(fan_in), or fan_out by `fan_mode`, with the gain of `init_nonlinearity`;
     xavier_* init_gain * sqrt(2 / (fan_in + fan_out)); baseline_ and normal_ `init_std`; small_init_ sqrt(2 / 5D);
-    neox_init_ the same, but 2 / (L sqrt(D)) for residual outputs; default_ as torch draws a new layer: weights and
-    biases uniform in +-1 / sqrt(fan_in), embeddings 1. Each head and each of gate and up is a layer of its own.
+    neox_init_ the same, but 2 / (L sqrt(D)) for residual outputs; default_ as PyTorch initializes a new layer: weights
+    and biases uniform in +-1 / sqrt(fan_in), embeddings 1. Each attention head, and each of gate and up, counts as a
+    layer of its own.
     """
 
-    # The rule of the standard deviations
+    # How standard deviations are chosen
     name: Literal[
         "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "baseline_", "normal_",
         "small_init_", "neox_init_", "default_",
     ] = "kaiming_normal_"  # fmt: skip
-    init_std: float | None = Field(default=None, gt=0)  # of baseline_ and normal_, which need it
-    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"  # of kaiming_*
+    init_std: float | None = Field(default=None, gt=0)  # for baseline_ and normal_, which require it
+    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"  # for kaiming_*
     init_nonlinearity: Literal["relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu"] = "relu"  # kaiming_* only
     init_gain: float = 0.0  # kaiming_*: negative slope, for leaky_relu; xavier_*: the gain itself
-    init_div_is_residual: bool | float = True  # residual outputs divided by sqrt(2 L), or by this number
-    emb_init_std: float | None = Field(default=None, ge=0)  # of embeddings; None: as for all other weights
+    init_div_is_residual: bool | float = True  # divide residual outputs by sqrt(2 L), or by this number
+    # Standard deviation of embeddings; None: as for other weights
+    emb_init_std: float | None = Field(default=None, ge=0)
     emb_init_uniform_lim: float | list[float] | None = None  # embeddings uniform in +-lim, or in [low, high]
 
     @model_validator(mode="after")
@@ -119,12 +121,14 @@ class InitConfig(Config):
         return (limits[0], limits[1]) if isinstance(limits, list) else (-limits, limits)
 
     def draw(self, name: str, fan_in: int, fan_out: int, d_model: int, n_layers: int) -> Draw:
-        """How a weight of two or more dims is drawn.
+        """Return the distribution of a weight of two or more dims.
 
         Args:
             name: the parameter's name in the model.
-            fan_in: columns.
-            fan_out: rows that are one layer.
+            fan_in: number of columns.
+            fan_out: number of rows that belong to one layer.
+            d_model: width of the residual stream.
+            n_layers: number of blocks.
         """
         if name in _EMBEDDING and self.emb_init_std is not None:
             return Draw(self.emb_init_std)

@@ -1,6 +1,7 @@
-"""LLM Foundry's words for a model that have others here: the block `model`, changed in place.
+"""Translates LLM Foundry keys of `model` that have other names here, changing the block in place.
 
-Each function takes the block and a value that was taken out of it, and returns what it became, in words.
+Each function takes the block and the value of a key that was removed from it, and returns what the key became, as lines
+of text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _LAYER_NORM_EPS = 1e-5
 
 
 def attention_of(model: Tree) -> Tree:
-    """The block `attn_config`, made if it is missing."""
+    """Return the block `attn_config`, created if it is missing."""
     attention = model.setdefault("attn_config", {})
     if not isinstance(attention, dict):
         raise ConfigError(f"model.attn_config: must be a mapping, found {attention!r}")
@@ -21,7 +22,7 @@ def attention_of(model: Tree) -> Tree:
 
 
 def group_norm(model: Tree, value: object) -> list[str]:
-    """`qk_gn` normalises each head."""
+    """Translate `qk_gn`, which normalizes each head."""
     if not value:
         return ["left out: off is the default"]
     attention_of(model)["qk_norm"] = value
@@ -29,7 +30,7 @@ def group_norm(model: Tree, value: object) -> list[str]:
 
 
 def head_dim(model: Tree, value: object) -> list[str]:
-    """`model.head_dim`. Scores are scaled by d_model / n_heads there, whatever the heads' size is."""
+    """Translate `model.head_dim`. LLM Foundry scales scores by d_model / n_heads, whatever the head size is."""
     if value is None:
         return ["left out: d_model / n_heads is the default"]
     attention, sizes = attention_of(model), (model.get("d_model"), model.get("n_heads"))
@@ -44,7 +45,7 @@ def head_dim(model: Tree, value: object) -> list[str]:
 
 
 def kv_dim(model: Tree, value: object) -> list[str]:
-    """The size of what keys and values are projected from: of self-attention, the model's."""
+    """Translate `kv_dim`, the input size of keys and values; for self-attention it must be d_model."""
     if value not in (None, model.get("d_model")):
         raise ConfigError(
             f"model.attn_config.kv_dim: {value!r} is for cross-attention, which is not supported; leave it out"
@@ -53,7 +54,7 @@ def kv_dim(model: Tree, value: object) -> list[str]:
 
 
 def temperature(model: Tree, value: object) -> list[str]:
-    """`attn_temperature_tuning`, which is off at an attn_scale of 0."""
+    """Translate `attn_temperature_tuning`, which must be off (attn_scale 0)."""
     _without_temperature(value, "model.attn_config")
     return ["left out: attn_scale 0 is off"]
 
@@ -68,7 +69,7 @@ def _without_temperature(value: object, where: str) -> None:
 
 
 def layer_norm(model: Tree) -> list[str]:
-    """`qk_ln` is a LayerNorm there, whatever the model's norm is; returns notes."""
+    """Make `qk_ln` a LayerNorm, as in LLM Foundry, whatever the model's norm is; returns notes."""
     attention = model.get("attn_config")
     if not isinstance(attention, dict) or not attention.get("qk_ln"):
         return []
@@ -87,7 +88,7 @@ def _layer_norm(model: Tree) -> list[str]:
 
 
 def rope_impl(model: Tree, value: object) -> list[str]:
-    """Which code rotates: `dail` reads rope_dail_config alone, `hf` reads rope_hf_config alone."""
+    """Translate `rope_impl`: `dail` reads only rope_dail_config, `hf` reads only rope_hf_config."""
     if value not in ("dail", "hf"):
         raise ConfigError(f"model.attn_config.rope_impl: {value!r} is not supported; write dail or hf")
     attention = attention_of(model)
@@ -98,7 +99,7 @@ def rope_impl(model: Tree, value: object) -> list[str]:
 
 
 def rope_dail(model: Tree, value: object) -> list[str]:
-    """Its type `xpos` is another rotation; the rest tunes."""
+    """Translate `rope_dail_config`: type `xpos` is not supported; the other keys do not change results."""
     kind = value.get("type", "original") if isinstance(value, dict) else value
     if kind not in (None, "original"):
         raise ConfigError(f"model.attn_config.rope_dail_config.type: {kind!r} is not supported; write original")
@@ -106,7 +107,7 @@ def rope_dail(model: Tree, value: object) -> list[str]:
 
 
 def block_overrides(model: Tree, value: object) -> list[str]:
-    """Layers that differ: windows, whose keys they reuse, and positions, each as a pattern of all layers."""
+    """Translate `block_overrides`: windows, reused keys and values, and positions, each to a pattern over layers."""
     if value is None:
         return ["left out: all layers are alike"]
     where = "model.block_overrides"
@@ -140,7 +141,7 @@ def block_overrides(model: Tree, value: object) -> list[str]:
 
 
 def _expanded(order: object, where: str) -> list[str]:
-    """The names of an order of names and orders, each as often as it is repeated."""
+    """Flatten a nested order into layer names, applying `repeat`."""
     names: list[str] = []
     for item in order if isinstance(order, list) else [order]:
         if not isinstance(item, dict) or ("name" in item) == ("order" in item):
@@ -160,7 +161,7 @@ def _repeats(block: Tree, where: str) -> int:
 
 
 def _override(override: object, where: str) -> Tree:
-    """The settings of attention in one kind of layer."""
+    """Return the attention settings of one kind of layer."""
     if not isinstance(override, dict) or override.keys() - {"attn_config"}:
         raise ConfigError(f"{where}: only attn_config can differ between layers, found {override!r}")
     given = override.get("attn_config") or {}

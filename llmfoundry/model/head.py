@@ -1,4 +1,4 @@
-"""The output head: logits of hidden states, or the loss of labels.
+"""The language-modeling head: logits, or the loss given labels.
 
 Shapes: B rows, S sequence, D d_model, V vocab.
 """
@@ -13,7 +13,7 @@ from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_by_toke
 
 
 class Head(nn.Module):
-    """An untied output head. It computes the loss inside its forward, where FSDP has gathered the weight."""
+    """An untied head. The loss is computed in its forward, where FSDP has gathered the weight."""
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
@@ -22,24 +22,24 @@ class Head(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
     ) -> Tensor | CrossEntropy:
-        """As `logits_or_loss`, with this weight."""
+        """Call `logits_or_loss` with this weight."""
         return logits_or_loss(x, self.weight, labels, softcap, by_token)
 
 
 def logits_or_loss(
     x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
 ) -> Tensor | CrossEntropy:
-    """Logits of hidden states, or with labels their loss.
+    """Compute logits or, given labels, the loss.
 
     Args:
         x: (B, S, D).
         weight: (V, D).
         labels: (B, S) int64, or None for logits.
         softcap: logits become `softcap * tanh(logit / softcap)`.
-        by_token: the loss of each label has a gradient too, at the price of one more product with the weight.
+        by_token: each label's loss gets a gradient too, at the cost of one more product with the weight.
 
     Returns:
-        (B, S, V) in the dtype of `x`, or the cost of the labels that are not -100.
+        (B, S, V) logits in the dtype of `x`, or the loss of the labels that are not -100.
     """
     if labels is not None and by_token:
         nats = cross_entropy_by_token(x.flatten(0, 1), weight, labels.flatten(), softcap)

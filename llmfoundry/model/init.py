@@ -1,9 +1,9 @@
-"""Initial weights, as a function of (seed, parameter name, block of rows) alone.
+"""Weight initialization that depends only on the seed, the parameter name and the block of rows.
 
 Shapes: a parameter is (..., R, N): matrices of R rows of N values; the leading dims (experts) index the matrices.
-Each matrix is cut into blocks of a fixed number of whole rows, and each block is drawn from a generator of its own, on
-the CPU in float32. So a rank draws only the blocks that overlap its shard, and every mesh, device and wrapper gives the
-same values. Blocks are drawn on as many threads as torch may use.
+Each matrix is split into blocks of a fixed number of whole rows, and each block is drawn with its own generator, on the
+CPU in float32. So a rank draws only the blocks that overlap its shard, and all meshes, devices and wrappers give the
+same values. Blocks are drawn on as many threads as PyTorch may use.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.runtime import seed_of
 
-_BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python's overhead, larger ones waste work at a shard's edges
+_BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python overhead, larger ones waste work at a shard's edges
 
 
 @torch.no_grad()
 def init_weights(model: CausalLM, seed: int, *, blocks: bool = True) -> None:
-    """Give every parameter and buffer its initial value, in place.
+    """Initialize every parameter and buffer, in place.
 
-    Weights as `init_config` says; norms 1; biases, sinks and buffers 0, but biases of linear layers by `default_`. Call
-    it after `to_empty`. Parameters may be DTensors of any mesh.
+    Weights are drawn as `init_config` says. Norms are 1; biases, sinks and buffers are 0, except that `default_` draws
+    the biases of linear layers. Call this after `to_empty`. Parameters may be DTensors of any mesh.
 
     Args:
-        blocks: False leaves the blocks' weights as they are, adapters apart, for whoever loads them next: drawing 30
-            billion numbers takes minutes.
+        model: the model, materialized.
+        seed: the run's seed.
+        blocks: False leaves the blocks' weights uninitialized, except adapters, for a caller that loads them next:
+            drawing 30 billion numbers takes minutes.
     """
     config = model.config
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -55,13 +57,13 @@ def init_weights(model: CausalLM, seed: int, *, blocks: bool = True) -> None:
             elif model.own_blocks or name.endswith(".bias"):
                 shard.local.fill_(1.0 if _is_norm_weight(name) else 0.0)
     init_adapters(model, seed)
-    for buffer in model.buffers() if model.own_blocks else ():  # a module of transformers has set its own
+    for buffer in model.buffers() if model.own_blocks else ():  # a `transformers` module has set its own
         local_shard(buffer).local.zero_()
 
 
 @torch.no_grad()
 def init_adapters(model: nn.Module, seed: int) -> None:
-    """Give every adapter its initial value, in place: B zero, A uniform in +-1 / sqrt(fan_in), as peft draws it."""
+    """Initialize every adapter, in place: B is zero, A uniform in +-1 / sqrt(fan_in), as in PEFT."""
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         for name, parameter in model.named_parameters():
             shard = local_shard(parameter)
@@ -72,7 +74,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 
 
 def _fan_out(config: CausalLMConfig, name: str, shapes: dict[str, torch.Size]) -> int:
-    """Rows of a weight that are one layer: a head of queries, keys or values, or the gate or up of a gated block."""
+    """Return the rows of a weight that form one layer: a head of q, k or v, or the gate or up half of a gated block."""
     if name.endswith((".wqkv.weight", ".wq.weight")) and isinstance(config.attention, GroupedQueryConfig):
         return config.attention.rotary_dim(config.d_model, config.n_heads)
     if name.endswith((".w1", ".w1.weight")):
@@ -94,21 +96,22 @@ def _is_norm_weight(name: str) -> bool:
 def draw_weight(
     shard: LocalShard, std: float, uniform: bool, seed: int, name: str, threads: ThreadPoolExecutor, mean: float = 0.0
 ) -> None:
-    """Fill a shard of two or more dims with its part of the parameter's values.
+    """Fill a shard of a parameter of two or more dims with its part of the values.
 
     Args:
         shard: this rank's part.
         std: standard deviation.
         uniform: uniform instead of normal.
-        seed: the run's.
+        seed: the run's seed.
         name: the parameter's name without wrappers.
-        threads: to draw blocks on.
+        threads: pool that draws the blocks.
+        mean: of the values.
     """
     if shard.local.numel() == 0:
         return
     *lead, _, columns = shard.shape
     first_column, n_columns = shard.offsets[-1], shard.local.shape[-1]
-    for at, matrix in _matrices(shard, tuple(lead)):  # one at a time, so that a copy is small
+    for at, matrix in _matrices(shard, tuple(lead)):  # one at a time, to keep the copy small
         direct = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.is_contiguous()
         values = matrix if direct else torch.empty(matrix.shape, dtype=torch.float32)  # (rows, n_columns)
 
@@ -132,17 +135,17 @@ def draw_weight(
 
 
 class _Block(NamedTuple):
-    """A block of rows, and the part of it that is in a shard."""
+    """A block of rows, and its overlap with a shard."""
 
-    number: int  # of the block in its matrix
-    rows: int  # of the block
+    number: int  # index of the block in its matrix
+    rows: int  # rows in the block
     skip: int  # rows of the block before the shard
     n: int  # rows of the block in the shard
-    start: int  # of these, in the shard
+    start: int  # the first of these rows, in the shard
 
 
 def _blocks(n_rows: int, columns: int, first: int, n: int) -> Iterator[_Block]:
-    """The blocks of an (n_rows, columns) matrix that overlap its rows [first, first + n)."""
+    """Yield the blocks of an (n_rows, columns) matrix that overlap its rows [first, first + n)."""
     size = max(1, _BLOCK_VALUES // columns)
     for number in range(first // size, -(-(first + n) // size)):
         low, high = number * size, min((number + 1) * size, n_rows)
@@ -151,7 +154,7 @@ def _blocks(n_rows: int, columns: int, first: int, n: int) -> Iterator[_Block]:
 
 
 def _matrices(shard: LocalShard, lead: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Each matrix that overlaps a shard: its index in the whole parameter, and its local part (rows, columns)."""
+    """Yield each matrix that overlaps a shard: its index in the full parameter, and its local part (rows, columns)."""
     if not lead:
         yield 0, shard.local
         return

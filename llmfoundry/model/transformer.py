@@ -1,9 +1,9 @@
 """The decoder: embeddings, pre-norm blocks, head and loss.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, E experts, V vocab, Lm MoE layers.
-Forward is a function of weights and input: it writes nothing to `self` and nothing global. Masks and the rotary table
-are made once per forward and passed to the blocks. The model runs in the dtype of its parameters, and knows nothing of
-meshes, recompute or compile: those are applied to `blocks[i]` from outside.
+Forward is a function of weights and inputs: it writes nothing to `self` or to globals. Masks and the RoPE table are
+computed once per forward and passed to the blocks. The model runs in the dtype of its parameters, and knows nothing of
+meshes, activation recomputation or compilation, which are applied to `blocks[i]` from outside.
 """
 
 from __future__ import annotations
@@ -38,42 +38,44 @@ from llmfoundry.moe.router import layer_keys
 
 
 class Output(NamedTuple):
-    """What the model returns: logits without labels, the loss with them."""
+    """The model's output: logits or, given labels, the loss."""
 
     logits: Tensor | None  # (B, S, V)
     loss_sum: Tensor | None  # () nats, float32, summed over labels that are not -100
-    nats: Tensor | None  # (B, S) of each label; with a gradient if asked for `by_token`
+    nats: Tensor | None  # (B, S) loss of each label; with a gradient if `by_token`
     router: RouterStats | None  # stacked over MoE layers, (Lm, E) or (Lm,); None for a dense model
 
 
 class Cache:
-    """Keys and values during generation: pass the same cache to each forward, which extends it.
+    """A key-value cache for generation; each forward extends it.
 
     All rows have the same length. The first forward allocates `capacity` tokens; after that, buffers double.
 
     Args:
-        padding: (B,) int64, how many tokens at the beginning of each row are padding; the others do not see them,
-            and the first that counts has position 0. None: no row is padded.
+        n_layers: number of blocks.
+        capacity: tokens to allocate at first.
+        padding: (B,) int64, the number of padding tokens at the start of each row; they are masked, and the first real
+            token has position 0. None: no padding.
     """
 
     def __init__(self, n_layers: int, capacity: int = 0, padding: Tensor | None = None) -> None:
         self.layers = [KVCache(capacity) for _ in range(n_layers)]
         self.padding = padding
-        self.theirs: object | None = None  # a cache of transformers, of a module of theirs
+        self.theirs: object | None = None  # the cache of a `transformers` module
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Number of cached tokens."""
         return self.layers[0].length
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Drop all but the first `length` tokens."""
         for layer in self.layers:
             layer.truncate(length)
 
 
 class AdapterParams(NamedTuple):
-    """Parameters of a model's adapters."""
+    """Numbers of adapter parameters."""
 
     all: int
     active: int
@@ -81,34 +83,35 @@ class AdapterParams(NamedTuple):
 
 
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
-    """A pre-norm decoder. The keys and their defaults are LLM Foundry's."""
+    """A pre-norm decoder, with LLM Foundry's keys and defaults."""
 
     d_model: int = Field(ge=1, le=2**24)  # width of the residual stream
-    n_heads: int = Field(ge=1, le=2**20)  # query heads
-    n_layers: int = Field(ge=1, le=1000)  # blocks
+    n_heads: int = Field(ge=1, le=2**20)  # number of query heads
+    n_layers: int = Field(ge=1, le=1000)  # number of blocks
     vocab_size: int = Field(ge=1, le=2**31)  # rows of the embedding; at least the tokenizer's
-    expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
-    no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
-    norm_type: NormType = "layernorm"  # of every norm in the blocks and before the head
+    expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, if ffn_config gives no size
+    no_bias: bool = False  # for every linear layer and norm, unless its own block says otherwise
+    norm_type: NormType = "layernorm"  # type of the norms in the blocks and before the head
     norm_eps: float = Field(default=1e-5, gt=0)  # added to a norm's mean square or variance
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
-    tie_word_embeddings: bool = True  # the head's weight is the embedding's
+    tie_word_embeddings: bool = True  # the head uses the embedding's weight
     final_logit_softcapping: float | None = Field(default=None, gt=0)  # logits become c * tanh(logit / c), as Gemma 2
-    # What logits are multiplied by, before they are capped; inv_sqrt_d_model: 1 / sqrt(d_model).
+    # Factor on the logits, before soft-capping; inv_sqrt_d_model: 1 / sqrt(d_model).
     logit_scale: Annotated[float, Field(gt=0)] | Literal["inv_sqrt_d_model"] | None = None
-    # What the gradient of embeddings is multiplied by (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
+    # Factor on the embeddings' gradient (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
     embedding_fraction: float = Field(default=1.0, gt=0, le=1)
-    # The part that is dropped in training: of what attention and feed-forward blocks add to the residual stream, and of
-    # the embeddings. Weights of attention: attn_config.attn_pdrop.
+    # Dropout of the output of attention and feed-forward blocks, before it is added to the residual stream. The dropout
+    # of attention weights is attn_config.attn_pdrop.
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)  # of the embeddings
-    # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
-    # all, attn_config.sliding_window_size.
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)  # dropout of the embeddings
+    # Sliding windows of the layers in turn, e.g. [127, -1]: layer i uses entry i modulo the length. None:
+    # attn_config.sliding_window_size for all.
     attn_window_pattern: list[int] | None = None
-    # Whether the layers, in turn, encode positions: one with false has neither rope nor ALiBi. None: all.
+    # Whether each layer, in turn, encodes positions: false turns off rope or ALiBi. None: all do.
     attn_position_pattern: list[bool] | None = None
-    # Whose keys and values the layers, in turn, attend to: -1 those of the layer before, -2 of the one before that; 0
-    # their own. A layer that reuses projects queries only. If the other one reuses too, it is that one's source.
+    # Whose keys and values each layer, in turn, attends to: 0 its own, -1 those of the previous layer, -2 of the one
+    # before that. A layer that reuses keys and values only projects queries. If the source reuses too, its source is
+    # used.
     attn_reuse_kv_pattern: list[int] | None = None
     attn_config: AttentionConfig = GroupedQueryConfig()
     ffn_config: FFNConfig = MLPConfig()
@@ -151,7 +154,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
             raise ValueError(f"attn_reuse_kv_pattern: attn_type={self.attn_config.attn_type} cannot share keys")
 
     def check_trainable(self) -> None:
-        """As in `ModelConfig`; adapters never train the router."""
+        """Check that the router can be trained, unless only adapters are."""
         if self.lora is None and isinstance(self.ffn_config, MoEConfig):
             try:
                 self.ffn_config.check_trainable()
@@ -171,7 +174,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
 
     @property
     def has_learned_positions(self) -> bool:
-        """Whether there is a `wpe`."""
+        """Whether the model has learned position embeddings (`wpe`)."""
         return not self.attn_config.has_positions if self.learned_pos_emb is None else self.learned_pos_emb
 
     @property
@@ -182,7 +185,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
 
     @property
     def logits_factor(self) -> float:
-        """What logits are multiplied by."""
+        """The factor on the logits."""
         return self.d_model**-0.5 if self.logit_scale == "inv_sqrt_d_model" else self.logit_scale or 1.0
 
     @property
@@ -192,21 +195,21 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
 
     @property
     def attention(self) -> AttentionConfig:
-        """The attention of every layer, with the model's defaults filled in."""
+        """The attention config of every layer, with the model's defaults filled in."""
         return self.attn_config.filled(not self.no_bias)
 
     def window(self, layer: int) -> int:
-        """Earlier tokens that a token sees in this layer; -1: all."""
+        """Return how many earlier tokens a token attends to in this layer; -1: all."""
         pattern = self.attn_window_pattern
         return pattern[layer % len(pattern)] if pattern else self.attn_config.sliding_window_size
 
     def encodes_positions(self, layer: int) -> bool:
-        """Whether this layer has rope or ALiBi, where the model has."""
+        """Return whether this layer applies RoPE or ALiBi, if the model has either."""
         pattern = self.attn_position_pattern
         return pattern is None or pattern[layer % len(pattern)]
 
     def kv_source(self, layer: int) -> int | None:
-        """The layer whose keys and values this one attends to; None: its own."""
+        """Return the layer whose keys and values this one attends to; None: its own."""
         step = self._kv_step(layer)
         if step == 0:
             return None
@@ -218,7 +221,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return 0 if pattern is None else pattern[layer % len(pattern)]
 
     def attention_of(self, layer: int) -> AttentionConfig:
-        """The attention of one layer."""
+        """Return the attention config of a layer."""
         if self.encodes_positions(layer):
             return self.attention
         return self.attention.model_copy(
@@ -226,31 +229,32 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         )
 
     def ffn(self, layer: int) -> FFNConfig:
-        """The feed-forward block of this layer, with the model's defaults filled in."""
+        """Return the feed-forward config of a layer, with the model's defaults filled in."""
         hidden = int(self.expansion_ratio * self.d_model)
         return self.ffn_config.filled(hidden, not self.no_bias).for_layer(layer)
 
     def n_params(self) -> int:
-        """All parameters."""
+        """Return the number of parameters."""
         layers = range(self.n_layers)
         blocks = sum(self.ffn(layer).n_params(self.d_model) for layer in layers)
         return self._shared_params() + blocks + self._adapter_params().all
 
     def n_active_params(self) -> int:
-        """Active parameters: those that one token uses. Of a layer's experts, these are the ones it is routed to."""
+        """Return the number of active parameters: those that one token uses, so only the experts it is routed to."""
         layers = range(self.n_layers)
         blocks = sum(self.ffn(layer).n_active_params(self.d_model) for layer in layers)
         return self._shared_params() + blocks + self._adapter_params().active
 
     def n_trainable_params(self) -> int:
-        """Parameters that training changes: with `lora`, the adapters'."""
+        """Return the number of parameters that are trained: with `lora`, only the adapters'."""
         return self.n_params() if self.lora is None else self._adapter_params().all
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
-        """Model FLOPs per token, forward and backward, in sequences of `seq_len` (None: `max_seq_len`).
+        """Return model FLOPs per token, forward and backward, for sequences of `seq_len` (None: `max_seq_len`).
 
-        6 per active parameter (4 if it is frozen and has no gradient), without embeddings that are only looked up, and
-        12 C H per layer and key seen. A causal query sees S / 2 keys on average, and w - w^2 / 2S in a window of w.
+        This is 6 per active parameter (4 if it is frozen and has no gradient), excluding embeddings that are only
+        looked up, plus 12 C H per layer and attended key. A causal query attends to S / 2 keys on average, or to w -
+        w^2 / 2S with a window of w.
         """
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.d_model
         if self.has_learned_positions:
@@ -259,7 +263,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         keys = 0.0
         for layer in range(self.n_layers):
             window = self.window(layer)
-            seen = length if window == FULL else min(window + 1, length)  # the token itself counts
+            seen = length if window == FULL else min(window + 1, length)  # includes the token itself
             keys += seen - seen * seen / (2 * length)
         score_dims = self.attention.score_dims(self.d_model, self.n_heads)
         multiplied = self.n_active_params() - looked_up
@@ -267,7 +271,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return 6.0 * multiplied - 2.0 * frozen + 12.0 * score_dims * keys
 
     def build(self) -> CausalLM:
-        """The module, its weights not yet initialised; call it under `torch.device("meta")`."""
+        """Build the module, without initializing its weights; call it under `torch.device("meta")`."""
         model = CausalLM(self)
         if self.lora is not None:
             add_adapters(model, model.blocks, self.lora)
@@ -281,7 +285,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return self._adapter_params().of_experts > 0
 
     def _adapter_params(self) -> AdapterParams:
-        """Parameters of all adapters, and the active ones, counted on the meta device."""
+        """Count adapter parameters by building the model on the meta device."""
         total = active = of_experts = 0
         if self.lora is not None:
             with torch.device("meta"):
@@ -295,7 +299,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return AdapterParams(total, active, of_experts)
 
     def _shared_params(self) -> int:
-        """All but the feed-forward blocks."""
+        """Count all parameters except those of feed-forward blocks and adapters."""
         d, norm = self.d_model, self.norm
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         if self.has_learned_positions:
@@ -304,20 +308,20 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return embeddings + attention + (2 * self.n_layers + 1) * norm.n_params(d)
 
     def attention_params(self, layer: int) -> int:
-        """Parameters of one layer's attention."""
+        """Return the number of parameters in one layer's attention."""
         return self.attention.n_params(self.d_model, self.n_heads, self.norm, self.kv_source(layer) is not None)
 
 
 class BlockOutput(NamedTuple):
-    """What one block returns."""
+    """The output of a block."""
 
     x: Tensor  # (B, S, D)
     router: RouterStats | None
-    kv: KeysAndValues | None  # where later layers attend to them
+    kv: KeysAndValues | None  # if later layers reuse them
 
 
 class Block(nn.Module):
-    """`x + attn(norm_1(x))`, then `x + ffn(norm_2(x))`."""
+    """A pre-norm block: `x + attn(norm_1(x))`, then `x + ffn(norm_2(x))`."""
 
     def __init__(self, config: CausalLMConfig, layer: int) -> None:
         super().__init__()
@@ -343,11 +347,11 @@ class Block(nn.Module):
 
         Args:
             x: (B, S, D).
-            rope: the rotary table of the S positions, or None.
-            mask: for the window of this layer.
+            rope: the RoPE table of the S positions, or None.
+            mask: for this layer's window.
             keys: (B,) int64 noise keys of the rows in this layer, for a router with jitter.
-            kv: those of an earlier layer, where this one reuses them.
-            cache: this layer's keys and values of earlier tokens; it is extended.
+            kv: keys and values of an earlier layer, if this one reuses them.
+            cache: this layer's cached keys and values; it is extended.
         """
         h, rope = self.norm_1(x), rope if self.encodes_positions else None
         if kv is not None or self.gives_kv:
@@ -366,7 +370,7 @@ class Block(nn.Module):
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert all parameters to a dtype, in place.
 
-    Buffers keep theirs: a router's bias is the sum of small steps, which bf16 would lose to rounding.
+    Buffers keep their dtype: a router's bias sums up small steps, which bf16 would round away.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -375,7 +379,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 class CausalLM(nn.Module):
     """A decoder-only language model."""
 
-    own_blocks = True  # whether `blocks` are `Block`s
+    own_blocks = True  # whether `blocks` holds `Block`s
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
@@ -384,7 +388,7 @@ class CausalLM(nn.Module):
         self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.has_learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = config.norm.build(config.d_model)
-        # Tied: no module of its own; the head reads `wte.weight`, which FSDP then has to gather with the root.
+        # A tied head has no module of its own; it uses `wte.weight`, which FSDP then gathers with the root.
         self.lm_head = None if config.tie_word_embeddings else Head(config.vocab_size, config.d_model)
 
     def forward(
@@ -400,19 +404,19 @@ class CausalLM(nn.Module):
         by_token: bool = False,
         at: Tensor | None = None,
     ) -> Output:
-        """Logits of the next tokens, or with labels the loss.
+        """Compute the logits of the next tokens or, given labels, the loss.
 
         Args:
             tokens: (B, S) int64.
-            labels: (B, S) int64, the token that follows each, -100 where nothing is learned; None: return logits.
+            labels: (B, S) int64, the next token of each, or -100 to ignore it; None: return logits.
             sequence_ids: (B, S) int32 document numbers; used if attn_config.attn_uses_sequence_id.
-            positions: (B, S) int64, of learned position embeddings; None: in the row. Rotary positions and ALiBi know
-                only differences, which are the same in the row and in a document.
+            positions: (B, S) int64, for learned position embeddings; None: positions in the row. RoPE and ALiBi depend
+                only on differences, which are the same in the row and in a document.
             keys: (B,) int64 noise keys of the rows, for routers with jitter.
-            cache: keys and values of the tokens before these; it is extended.
-            by_token: whether each label's loss has a gradient.
-            last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
-            at: (N,) int64 places among the B * S tokens: logits of these only, (1, N, V).
+            cache: keys and values of the preceding tokens; it is extended.
+            last_only: return only the logits of the last token, (B, 1, V), for sampling.
+            by_token: whether each label's loss gets a gradient.
+            at: (N,) int64 indices into the B * S tokens: return only their logits, (1, N, V).
         """
         x, rope, masks = self._prepare(tokens, sequence_ids, positions, cache)  # x (B, S, D)
         stats: list[RouterStats] = []
@@ -443,12 +447,12 @@ class CausalLM(nn.Module):
         return Output(None, y.total, y.by_token.view_as(tokens), router)
 
     def init_buffers(self) -> None:
-        """Give buffers that are no weights their values, after `to_empty`; there are none here."""
+        """Initialize buffers that are not weights, after `to_empty`; this model has none."""
 
     def _prepare(
         self, tokens: Tensor, sequence_ids: Tensor | None, learned: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Rope | None, dict[int, Mask]]:
-        """What the blocks share: embeddings (B, S, D), the rotary table, and the mask of each window."""
+        """Compute what the blocks share: embeddings (B, S, D), the RoPE table, and a mask for each window."""
         config, length = self.config, tokens.shape[1]
         attention, offset = config.attention, 0 if cache is None else cache.length
         if not attention.attn_uses_sequence_id:
@@ -456,7 +460,7 @@ class CausalLM(nn.Module):
         if sequence_ids is not None and cache is not None:
             raise ValueError("sequence_ids cannot be combined with a cache; generate from one document per row")
         positions = torch.arange(offset, offset + length, device=tokens.device)  # (S,)
-        if cache is not None and cache.padding is not None:  # padding is a document of its own
+        if cache is not None and cache.padding is not None:  # padding counts as a separate document
             start = cache.padding[:, None]  # (B, 1)
             sequence_ids = (torch.arange(offset + length, device=tokens.device) >= start).int()  # (B, P)
             positions = (positions - start).clamp(min=0)  # (B, S)
@@ -467,7 +471,7 @@ class CausalLM(nn.Module):
             x = x + self.wpe(positions if learned is None else learned)
         if config.embedding_fraction != 1:
             still = x.detach()
-            x = still + config.embedding_fraction * (x - still)  # the same values, bit for bit
+            x = still + config.embedding_fraction * (x - still)  # leaves the values bitwise unchanged
         if config.emb_pdrop:
             x = F.dropout(x, config.emb_pdrop, self.training)
         rope = None

@@ -1,13 +1,13 @@
-"""All tokens of the group are gathered on every rank, whose experts take what is theirs.
+"""Expert parallelism by all-gather: every rank receives all tokens of the group, and computes its own experts for them.
 
 Shapes: T tokens of each rank, D d_model, K top_k, P ranks of the group, R = P * T rows.
-Where P is small against K, nearly every token needs nearly every rank (2 ranks, K = 8: 99.6 %), so sending only what is
-needed saves nothing. Then all sizes are known beforehand: no rows are counted, copied or looked up, and partial sums
-return in equal shares. Every rank must have as many tokens.
+If P is small relative to K, nearly every token needs nearly every rank (with 2 ranks and K = 8: 99.6 %), so sending
+only what is needed saves nothing. With an all-gather, all sizes are known in advance: no rows are counted, copied or
+looked up, and partial sums return in equal parts. Every rank must have the same number of tokens.
 
-Experts' buffers still need the number of slots that have an expert here. The routing, which is small, is gathered
-first, and that number is copied to the host while the tokens are still on their way, so the host has launched the
-experts before they arrive.
+The expert kernels still need the number of slots whose expert is on this rank. The routing, which is small, is gathered
+first, and that number is copied to the host while the tokens are in flight, so that the host has launched the experts
+before the tokens arrive.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from llmfoundry.moe.dispatch import Exchange, ExpertInputs, InFlight, Transfer, 
 from llmfoundry.numbers import Numbers
 
 Way = Literal["auto", "gather", "all_to_all"]
-# Of the rows that would be sent: a gather may receive so many times as many. A choice, not a measurement.
+# A gather may receive this many times the rows that all-to-all would. A choice, not a measurement.
 MOST_ROWS = 1.5
 
 
 def gathers(way: Way, n_ranks: int, top_k: int, within_node: bool) -> bool:
-    """Whether tokens are gathered, not sent: what `parallel.exchange_tokens` means.
+    """Return whether to gather tokens rather than send them; implements `parallel.exchange_tokens`.
 
-    Gathered, a token is received by the P - 1 other ranks. Sent, by those that hold any of its experts: of experts
-    chosen evenly, (P - 1) * (1 - (1 - 1/P)^K). `auto` gathers where the former is at most `MOST_ROWS` times the latter:
-    on 2 ranks from K = 2, on 4 from K = 4, on 8 from K = 9; and within a node alone, for links between nodes are slow.
+    With a gather, each token is received by the P - 1 other ranks. With all-to-all, it is received by the ranks that
+    hold any of its experts: for evenly chosen experts, (P - 1) * (1 - (1 - 1/P)^K). `auto` gathers if the former is at
+    most `MOST_ROWS` times the latter: on 2 ranks from K = 2, on 4 from K = 4, on 8 from K = 9. It does so only within a
+    node, because links between nodes are slow.
 
     Args:
-        n_ranks: P, that divide the experts.
+        way: gather, all_to_all or auto.
+        n_ranks: P, the ranks that share the experts.
         top_k: K.
         within_node: whether these ranks are on one node.
     """
@@ -47,7 +49,7 @@ def gathers(way: Way, n_ranks: int, top_k: int, within_node: bool) -> bool:
 
 
 class AllGather(Exchange):
-    """Rows of all ranks, in their order."""
+    """The exchange by all-gather: rows of all ranks, in rank order."""
 
     def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
         super().__init__(x, weights, experts, n_local, group)
@@ -62,7 +64,7 @@ class AllGather(Exchange):
     def _local(self, routing: Tensor, top_k: int, dtype: torch.dtype) -> LocalRouting:
         if not has_kernels(routing) or dtype != torch.float32:
             return local_routing(routing, top_k, dtype, self.first, self.n_local)
-        from llmfoundry.kernels.routing_triton import local_routing_triton  # triton is not installed on every machine
+        from llmfoundry.kernels.routing_triton import local_routing_triton  # triton may not be installed
 
         return local_routing_triton(routing, self.first, self.n_local)
 
@@ -71,15 +73,15 @@ class AllGather(Exchange):
 
     @property
     def n_slots(self) -> int:
-        """(row, expert) pairs with an expert held here; the host waits for it here."""
+        """Number of (row, expert) pairs whose expert is on this rank; the host waits for it here."""
         return int(self._numbers.read()[0])
 
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
-        """Nothing new: the tokens have been on their way since the exchange was made."""
+        """Return the tokens in flight; their transfer began when the exchange was created."""
         return in_flight(x, weights, self._transfers)
 
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
-        """Of routing (R, K): weights alone."""
+        """Return the experts' inputs. Here `routing` (R, K) holds only the weights."""
         return ExpertInputs(x, routing, self._experts, self.n_slots)
 
     def to_experts(self, x: Tensor) -> tuple[Tensor, dist.Work]:
@@ -89,13 +91,13 @@ class AllGather(Exchange):
         return received, runtime.all_gather(received, x.contiguous(), group=self.group, async_op=True)
 
     def to_tokens(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
-        """(P * T, X) of this rank's experts -> (P * T, X) of this rank's tokens, from each rank."""
+        """Start to return rows: (P * T, X) of this rank's experts -> (P * T, X) of this rank's tokens, by rank."""
         returned = rows.new_empty(rows.shape)
         runtime.meet()
         return returned, dist.all_to_all_single(returned, rows, group=self.group, async_op=True)
 
     def sum_by_token(self, returned: Tensor) -> Tensor:
-        """(P * T, X) -> (T, X)."""
+        """Sum over ranks: (P * T, X) -> (T, X)."""
         total = returned.new_empty(returned.shape[0] // self.n_ranks, returned.shape[1])
         sum_parts(total, None, returned.view(self.n_ranks, -1), 0, begins=True)
         return total

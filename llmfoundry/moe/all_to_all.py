@@ -1,11 +1,11 @@
-"""Tokens are sent to the ranks that hold any of their experts, and to no other.
+"""Expert parallelism by all-to-all: each token is sent only to the ranks that hold any of its experts.
 
 Shapes: T tokens of this rank, D d_model, K top_k, P ranks of the group, N rows sent, R rows received.
-A token is sent once to each such rank, not once to each of its experts: with K = 8 on 4 ranks that is half the bytes.
-Rows are ordered by rank, then by token: to the kernels that is the order by expert, with ranks in place of experts.
+A token is sent once to each such rank, not once per expert: with K = 8 on 4 ranks, that halves the bytes. Rows are
+ordered by rank, then by token. To the kernels this is an order by expert, with ranks in place of experts.
 
-The host waits once a layer, for the counts that size the buffers; backward knows them. The counts travel from when the
-exchange is made, and are read by `send`.
+The host waits once per layer, for the counts that determine the buffer sizes; backward reuses them. The counts are
+exchanged when the exchange is created, and read by `send`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from llmfoundry.numbers import Numbers
 
 
 class Counts(NamedTuple):
-    """Rows that this rank sends and receives."""
+    """The number of rows that this rank sends and receives."""
 
     n_sent: list[int]  # (P,) rows to each rank
     n_received: list[int]  # (P,) rows from each rank
-    n_slots: int  # (row, expert) pairs that arrive here for an expert held here
+    n_slots: int  # received (row, expert) pairs whose expert is on this rank
 
 
 class AllToAll(Exchange):
-    """Rows of different numbers, to and from each rank."""
+    """The exchange by all-to-all, with different numbers of rows to and from each rank."""
 
     def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
         super().__init__(x, weights, experts, n_local, group)
         self._kernels, self._experts = has_kernels(x), experts
         ranks = torch.arange(self.n_ranks, device=experts.device)
-        slots = (experts.unsqueeze(2) // n_local == ranks).sum(1)  # (T, P) slots of each token on each rank
+        slots = (experts.unsqueeze(2) // n_local == ranks).sum(1)  # (T, P) number of slots of each token on each rank
         sent = torch.stack([(slots > 0).sum(0), slots.sum(0)], dim=1)  # (P, 2) rows and slots for each rank
         self._begin_counting(sent)
-        # While the counts are on their way. What goes nowhere is sorted last.
+        # This overlaps with the exchange of counts. Tokens that do not go to a rank are sorted last.
         self._order = _sorted(torch.where(slots > 0, ranks, self.n_ranks), self.n_ranks, self._kernels)
 
     def _begin_counting(self, sent: Tensor) -> None:
@@ -57,12 +57,12 @@ class AllToAll(Exchange):
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
         """Wait for the counts, and start to send."""
         self.counts = self._counted()
-        # Weights and ids travel together; ids are small enough to be exact in float32.
+        # Weights and ids are sent together; ids are small enough to be exact in float32.
         routing = torch.cat([weights, self._experts.to(weights.dtype)], dim=1)  # (T, 2K)
         return in_flight(x, routing, (Transfer(self), Transfer(self)))
 
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
-        """Of routing (R, 2K): weights, then ids over all experts."""
+        """Return the experts' inputs. Here `routing` (R, 2K) holds weights, then ids over all experts."""
         weights, ids = routing.chunk(2, dim=1)
         local = ids.detach().long() - self.first
         held = (local >= 0) & (local < self.n_local)
@@ -72,7 +72,7 @@ class AllToAll(Exchange):
         """Start to send tokens: (T, X) -> (R, X)."""
         n_sent = sum(self.counts.n_sent)
         if self._kernels:
-            from llmfoundry.kernels.gather import gather  # triton is not installed on every machine
+            from llmfoundry.kernels.gather import gather  # triton may not be installed
 
             rows = gather(x.contiguous(), self._order, n_sent)
         else:
@@ -81,14 +81,14 @@ class AllToAll(Exchange):
         return received, self._exchange(received, rows, self.counts.n_received, self.counts.n_sent)
 
     def to_tokens(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
-        """(R, X) -> (N + 1, X); the last row stands for "no row", and is zero."""
+        """Start to return rows: (R, X) -> (N + 1, X). The last row is zero and stands for "no row"."""
         n_sent = sum(self.counts.n_sent)
         returned = rows.new_empty(n_sent + 1, rows.shape[1])
         returned[n_sent] = 0
         return returned, self._exchange(returned[:n_sent], rows, self.counts.n_sent, self.counts.n_received)
 
     def sum_by_token(self, returned: Tensor) -> Tensor:
-        """(N + 1, X) -> (T, X)."""
+        """Sum over ranks: (N + 1, X) -> (T, X)."""
         if self._kernels:
             from llmfoundry.kernels.gather import sum_rows
 

@@ -1,7 +1,7 @@
-"""Load balance of the experts: the balance losses, the loss-free bias, and the metrics of routing.
+"""Expert load balancing: the auxiliary losses, the loss-free bias, and the routing metrics.
 
-Shapes: L MoE layers, E experts, K top_k. All work on `RouterStats`, stacked over layers. They are sums over tokens, so
-the sums of several microbatches and ranks are added first.
+Shapes: L MoE layers, E experts, K top_k. All functions work on `RouterStats` stacked over layers. These are sums over
+tokens, so the sums of several microbatches and ranks are added first.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Balance(NamedTuple):
     """How the load of a model's experts is balanced.
 
     The balance loss multiplies each expert's mean score P, which has a gradient, by its share f of the slots, which has
-    none. `scope` says over which tokens f is taken. `global_batch`: all tokens of the step, on all ranks. The gradient
-    is then that of the loss of the whole batch, whatever the microbatch size and the number of ranks; the loads cost
-    one all-reduce of (L, E) per step. With one microbatch they are known after its forward. With several, all
-    microbatches have to be routed before the first backward, and `accumulation` says how:
+    none. `scope` selects the tokens over which f is computed. `global_batch`: all tokens of the step, on all ranks. The
+    gradient is then that of the loss of the whole batch, whatever the microbatch size and the number of ranks; sharing
+    the loads costs one all-reduce of (L, E) per step. With one microbatch, the loads are known after its forward. With
+    several, all microbatches must be routed before the first backward, and `accumulation` says how:
 
     - `count`: a forward without gradient counts the loads of all microbatches but the first. It needs no memory. With n
       microbatches it costs (n - 1) / n of a forward pass, without the head.
-    - `keep`: all forwards run before the first backward, so that nothing is computed twice, but the activations of all
+    - `keep`: all forwards run before the first backward, so nothing is computed twice, but the activations of all
       microbatches are held at once. With `recompute: full` that is one input per block and microbatch.
-    - `running`: f is taken over the microbatches so far, on all ranks (Qiu et al. 2025, arXiv:2501.11873). It costs one
-      all-reduce per microbatch and nothing else, but the gradient then depends on the microbatch size.
+    - `running`: f is computed over the microbatches so far, on all ranks (Qiu et al. 2025, arXiv:2501.11873). It costs
+      one all-reduce per microbatch and nothing else, but the gradient then depends on the microbatch size.
 
-    The first two give the same gradient. `microbatch` takes f over the tokens of one microbatch on one rank, as
+    The first two give the same gradient. `microbatch` computes f over the tokens of one microbatch on one rank, as
     MegaBlocks does: the gradient depends on the microbatch size and on the number of ranks.
     """
 
@@ -51,16 +51,16 @@ class Balance(NamedTuple):
     scope: Literal["microbatch", "global_batch"]
     accumulation: Literal["count", "keep", "running"]
     bias_update_rate: float
-    together: bool = False  # the loads of all layers count as one
+    together: bool = False  # compute f and P as means over layers
 
     @property
     def counts_ahead(self) -> bool:
-        """Whether several microbatches cost an extra forward without gradient."""
+        """Whether several microbatches need an extra forward without gradient."""
         return self.scope == "global_batch" and self.accumulation == "count"
 
     @classmethod
     def of(cls, model: _Layers) -> Self | None:
-        """What a model's config says; None for a dense model."""
+        """Return the settings of a model's config; None for a dense model."""
         for layer in range(model.n_layers):
             ffn = model.ffn(layer)
             if isinstance(ffn, MoEConfig):
@@ -77,17 +77,17 @@ class Balance(NamedTuple):
 
 
 def load_balance_loss(score_sum: Tensor, load: Tensor, together: bool = False) -> Tensor:
-    """The Switch load-balancing loss, mean over layers, summed over the tokens of `score_sum`.
+    """Compute the Switch load-balancing loss, averaged over layers and summed over the tokens of `score_sum`.
 
-    Per token it is `E * sum_i f_i P_i`, which is 1 when the load is even: f_i is the share of all slots that went to
+    Per token it is `E * sum_i f_i P_i`, which is 1 if the load is even: f_i is the share of all slots that went to
     expert i, and P_i its mean score. Divide by the tokens of the global batch; then the losses of microbatches and
-    ranks add up to the loss of the whole.
+    ranks add up to the loss of the whole batch.
 
     Args:
         score_sum: (L, E) sum of the scores over some tokens, with gradient.
-        load: (L, E) slots that each expert got, over the same tokens or over more, such as the global batch.
-        together: take f and P as means over layers, and multiply once, as `transformers` does (its loss is K
-            times this one). Layers with different loads can then make up for each other.
+        load: (L, E) slots per expert, over the same tokens or over more, such as the global batch.
+        together: average f and P over layers, and multiply once, as `transformers` does (its loss is K times this one).
+            Layers with different loads can then offset each other.
 
     Returns:
         () float32.
@@ -101,7 +101,7 @@ def load_balance_loss(score_sum: Tensor, load: Tensor, together: bool = False) -
 
 
 def z_loss(z_sum: Tensor) -> Tensor:
-    """The router's z-loss `logsumexp(logits)^2`, mean over layers, summed over tokens: (L,) -> ().
+    """Compute the router z-loss `logsumexp(logits)^2`, averaged over layers and summed over tokens: (L,) -> ().
 
     Source: Zoph et al. 2022, arXiv:2202.08906.
     """
@@ -109,7 +109,7 @@ def z_loss(z_sum: Tensor) -> Tensor:
 
 
 def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """The bias of the next step: `rate` higher for experts below the mean load, `rate` lower for those above it.
+    """Return the bias of the next step: `rate` higher for experts below the mean load, `rate` lower for those above.
 
     Args:
         bias: (E,).
@@ -126,9 +126,10 @@ def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance, updated
     """Update the bias of every router in place, once per step, from the loads of the global batch.
 
     Args:
-        model: its MoE layers have the order of `load`.
+        model: the model; its MoE layers are in the order of `load`.
         load: (L, E) slots over the global batch, the same on every rank.
-        updated: () bool, False leaves biases as they are; None: True.
+        balance: contains the update rate.
+        updated: () bool, False leaves biases unchanged; None: True.
     """
     if not balance.bias_update_rate:
         return
@@ -140,10 +141,12 @@ def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance, updated
 
 
 def summary(stats: RouterStats, tokens: int, balance: Balance) -> Tensor:
-    """The metrics of routing for one step, on the device; `named` says what they are.
+    """Compute the routing metrics of one step, on the device; `named` describes them.
 
     Args:
         stats: (L, E), (L, E), (L,), (L,) sums over `tokens` tokens.
+        tokens: number of tokens.
+        balance: contains the number of slots per token.
 
     Returns:
         (5 + E,) float64.
@@ -163,16 +166,16 @@ def summary(stats: RouterStats, tokens: int, balance: Balance) -> Tensor:
 
 
 def named(values: list[float]) -> dict[str, float | list[float]]:
-    """The metrics of routing by name.
+    """Return the routing metrics by name.
 
     Args:
-        values: of `summary`, read from the device.
+        values: from `summary`, copied to the host.
 
     Returns:
-        `moe/load_balance_loss` and `moe/z_loss` (unweighted, per token, mean over layers);
-        `moe/router_entropy` (nats per token, mean over layers); `moe/max_load` and `moe/min_load` (the highest and the
-        lowest load of any expert of any layer, divided by the mean load); `moe/load` (each expert's share of the slots,
-        mean over layers).
+        `moe/load_balance_loss` and `moe/z_loss` (unweighted, per token, averaged over layers); `moe/router_entropy`
+        (nats per token, averaged over layers); `moe/max_load` and `moe/min_load` (the highest and lowest load of any
+        expert of any layer, divided by the mean load); `moe/load` (each expert's share of the slots, averaged over
+        layers).
     """
     names = ("moe/load_balance_loss", "moe/z_loss", "moe/router_entropy", "moe/max_load", "moe/min_load")
     metrics: dict[str, float | list[float]] = dict(zip(names, values[: len(names)], strict=True))

@@ -1,14 +1,15 @@
-"""Expert parallelism: tokens reach the ranks that hold their experts, and their sums return.
+"""Expert parallelism: sends tokens to the ranks that hold their experts, and returns the sums of their outputs.
 
 Shapes: T tokens of this rank, D d_model, K top_k, P ranks of the group, R rows received.
-A rank returns one row for each token that it received: the weighted sum over the experts it holds. The token's own rank
-adds these rows in float32, in the order of ranks. There are two ways to the experts: `all_to_all.py` sends a token to
-each rank that holds any of its experts, and `all_gather.py` gives every rank all tokens. Reaching the experts and
-returning are each other's adjoint, so each one's backward is the other's forward.
+A rank returns one row for each token that it received: the weighted sum over its own experts. The token's rank adds
+these rows in float32, in rank order. There are two implementations: `all_to_all.py` sends a token to each rank that
+holds any of its experts, and `all_gather.py` sends all tokens to every rank. Sending and returning are adjoint, so the
+backward of each is the forward of the other.
 
-An exchange is started in one autograd node and awaited in another, in both directions. Autograd runs, of the nodes
-that are ready, the one that forward made last; so what forward makes between `send` and `wait` runs beside the way
-there, and beside the gradients' way back: the shared expert, and the experts' weight gradients (kernels/late.py).
+In both directions, an exchange is started in one autograd node and awaited in another. Of the nodes that are ready,
+autograd runs the one that forward created last. So what forward creates between `send` and `wait` overlaps with the
+transfer, and in backward with the transfer of the gradients: the shared expert, and the experts' weight gradients
+(kernels/late.py).
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class ExpertInputs(NamedTuple):
-    """What experts are given: arguments of `experts_ffn`."""
+    """Inputs of the experts: arguments of `experts_ffn`."""
 
     x: Tensor  # (T, D)
     weights: Tensor  # (T, K) float32
-    experts: Tensor  # (T, K) int32 or int64, counted from the first expert held; the number of experts held: elsewhere
-    n_slots: int | None = None  # with an expert held here; None: all
+    experts: Tensor  # (T, K) int32 or int64, relative to this rank's first expert; experts on other ranks are n_local
+    n_slots: int | None = None  # number of slots whose expert is on this rank; None: all
 
 
 class Exchange(ABC):
-    """One layer's exchange of tokens between the ranks that hold its experts. Making it starts what it can.
+    """One layer's exchange of tokens between the ranks that hold its experts. Creating it starts what can be started.
 
-    Args of its kinds:
+    Arguments of subclasses:
         x: (T, D), the tokens of this rank.
-        weights: (T, K) float32 (float64 where x is).
+        weights: (T, K) float32 (float64 if `x` is).
         experts: (T, K) ids over all experts; rank r holds [r * n_local, (r + 1) * n_local).
-        n_local: experts of one rank.
-        group: its ranks hold all experts.
+        n_local: number of experts per rank.
+        group: the ranks that hold all experts.
     """
 
     def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
         self.group, self.n_ranks, self.n_local = group, dist.get_world_size(group), n_local
-        self.first = dist.get_rank(group) * n_local  # expert held here
+        self.first = dist.get_rank(group) * n_local  # this rank's first expert
 
     @abstractmethod
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
-        """Start to send the tokens that the exchange was made for, or go on with it."""
+        """Start to send the tokens that the exchange was created for, unless this has begun."""
 
     @abstractmethod
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
-        """What experts are given, of the rows that `send` has sent, once they have arrived."""
+        """Return the experts' inputs, made from the rows that `send` sent, once they have arrived."""
 
     @abstractmethod
     def to_experts(self, x: Tensor) -> tuple[Tensor, dist.Work]:
@@ -60,18 +61,20 @@ class Exchange(ABC):
 
     @abstractmethod
     def to_tokens(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
-        """Start to return rows (R, X) to their tokens' ranks: what `sum_by_token` sums."""
+        """Start to return rows (R, X) to their tokens' ranks; returns the input of `sum_by_token`."""
 
     @abstractmethod
     def sum_by_token(self, returned: Tensor) -> Tensor:
-        """The sum of each token's rows over ranks, in their order: (T, X), accumulated in float32."""
+        """Sum each token's rows over ranks, in rank order: (T, X), accumulated in float32."""
 
 
 class Transfer:
-    """One tensor's transfer to the experts' ranks, and its gradient's back: the collectives that are in flight.
+    """The transfer of one tensor to the experts' ranks, and of its gradient back, as collectives in flight.
 
     Args:
-        started: what is being received, where the transfer has begun already; without a collective, it has arrived.
+        exchange: how to transfer.
+        started: the tensor being received, if the transfer has already begun; if its collective is None, it has
+            arrived.
     """
 
     def __init__(self, exchange: Exchange, started: tuple[Tensor, dist.Work | None] | None = None) -> None:
@@ -81,40 +84,40 @@ class Transfer:
         self._arriving: dist.Work | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """What is being received for `x`."""
-        # Taken, not kept: a request keeps what it received, whose autograd node keeps the transfer.
+        """Return the tensor being received for `x`."""
+        # Do not keep a reference: a work handle keeps what it received, and the autograd node keeps this transfer.
         started, self._started = self._started or self.exchange.to_experts(x), None
         self._arriving = started[1]
-        return started[0].data  # gloo writes when it is awaited, which autograd would take for a change to its history
+        return started[0].data  # gloo writes in wait(), which autograd would take for an in-place change
 
     def wait(self) -> None:
-        """Make the current stream wait for what is being received."""
+        """Make the current stream wait until the tensor has been received."""
         arriving, self._arriving = self._arriving, None
         if arriving is not None:
             arriving.wait()
 
 
 class InFlight(NamedTuple):
-    """Tokens that are being received. Nothing may read them before `wait`."""
+    """Tokens that are being received. They must not be read before `wait`."""
 
     x: Tensor  # (R, D)
-    routing: Tensor  # (R, X), as the exchange has it
+    routing: Tensor  # (R, X), in the exchange's own format
     transfers: tuple[Transfer, Transfer]
 
     def wait(self) -> ExpertInputs:
-        """Make the current stream wait for them. In backward, the transfer of their gradients starts here."""
+        """Make the current stream wait for the tokens. In backward, the transfer of their gradients starts here."""
         x, routing = (cast(Tensor, _Wait.apply(rows, j)) for rows, j in zip(self[:2], self.transfers, strict=True))
         return self.transfers[0].exchange.inputs(x, routing)
 
 
 def in_flight(x: Tensor, routing: Tensor, transfers: tuple[Transfer, Transfer]) -> InFlight:
-    """Let `x` and `routing`, of this rank's tokens, take these transfers."""
+    """Start the transfers of `x` and `routing`, which belong to this rank's tokens."""
     there = [cast(Tensor, _Send.apply(t, j)) for t, j in zip((x, routing), transfers, strict=True)]
     return InFlight(there[0], there[1], transfers)
 
 
 def return_rows(y: Tensor, exchange: Exchange) -> Tensor:
-    """Return each received row to its token's rank: (R, D) -> (T, D), summed over ranks in their order."""
+    """Return each received row to its token's rank: (R, D) -> (T, D), summed over ranks in rank order."""
     return cast(Tensor, _ReturnRows.apply(y, exchange))
 
 
@@ -124,7 +127,7 @@ class _Context(FunctionCtx):
 
 
 class _Send(torch.autograd.Function):
-    """(T, X) -> (R, X), being received. Backward waits for the gradient that `_Wait` has sent back."""
+    """(T, X) -> (R, X), still being received. Backward waits for the gradient that `_Wait` sent back."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, transfer: Transfer) -> Tensor:
@@ -141,7 +144,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Wait(torch.autograd.Function):
-    """(R, X), being received -> the same, received. Backward starts to send the gradient back, and does not wait."""
+    """(R, X) being received -> (R, X) received. Backward starts to send the gradient back, without waiting."""
 
     @staticmethod
     def forward(ctx: _Context, received: Tensor, transfer: Transfer) -> Tensor:
@@ -157,7 +160,7 @@ class _Wait(torch.autograd.Function):
 
 
 class _ReturnRows(torch.autograd.Function):
-    """(R, X) -> (T, X)."""
+    """(R, X) -> (T, X). Transfers in forward and backward."""
 
     @staticmethod
     def forward(ctx: _Context, y: Tensor, exchange: Exchange) -> Tensor:

@@ -1,7 +1,7 @@
 """The mixture of experts as a feed-forward block: router, exchange, experts, shared expert.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, F ffn hidden size, E experts, K top_k.
-Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts, however uneven the load.
+Dropless (MegaBlocks, arXiv:2211.15841): every token is processed by all of its experts, however uneven the load.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capac
 
 
 class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
-    """A mixture of experts in place of a dense block; the keys are LLM Foundry's where it has them.
+    """A mixture of experts in place of a dense block, with LLM Foundry's keys where it has them.
 
-    `ffn_hidden_size` and `ffn_act_fn` are each expert's.
+    `ffn_hidden_size` and `ffn_act_fn` apply to each expert.
     """
 
-    mlp_type: Literal["mlp", "glu"] = "glu"  # of an expert: with a gate (glu), or without
-    # Where the biases are, with `bias`. experts: one for each matrix of each expert. output: one vector of d_model for
-    # the layer, added to the weighted sum, as in MegaBlocks; our kernels then run without biases.
+    mlp_type: Literal["mlp", "glu"] = "glu"  # type of each expert: with a gate (glu) or without
+    # Where the biases are, if `bias` is set. experts: one for each matrix of each expert. output: one vector of d_model
+    # per layer, added to the weighted sum, as in MegaBlocks; the expert kernels then run without biases.
     moe_bias: Literal["experts", "output"] = "experts"
-    ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss has 7 of its own
-    moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"  # auto: the fastest that works here
+    ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss defaults to 7
+    moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"  # auto: the fastest available
     mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
-    # Above 0: an expert takes at most this many times its even share of the slots of one call, in token order, and
+    # Above 0: an expert processes at most this many times its even share of the slots of one call, in token order, and
     # drops the rest (their weight becomes 0). null or 0: dropless.
     moe_capacity_factor: float | None = Field(None, ge=0)
-    moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
-    moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
-    # Over which tokens the load is balanced. global_batch: the gradient does not depend on microbatches or ranks.
+    moe_loss_weight: float = Field(0.01, ge=0)  # weight of the load-balancing loss
+    moe_zloss_weight: float = Field(0.0, ge=0)  # weight of the router's z-loss
+    # The tokens over which the load is balanced. global_batch: the gradient does not depend on microbatches or ranks.
     moe_lbl_scope: Literal["microbatch", "global_batch"] = "global_batch"
-    # global_batch with several microbatches, see moe/balance.py. count: an extra forward pass counts the loads first;
-    # keep: hold the activations of all microbatches; running: free, but the gradient depends on the microbatch size.
+    # For global_batch with several microbatches, see moe/balance.py. count: an extra forward pass counts the loads
+    # first; keep: hold the activations of all microbatches; running: no cost, but the gradient depends on the
+    # microbatch size.
     moe_lbl_accumulation: Literal["count", "keep", "running"] = "count"
-    moe_lbl_layers: Literal["each", "together"] = "each"  # together: the loads of all layers count as one
-    shared_expert: bool = False  # a dense block beside the routed ones, met by every token
+    moe_lbl_layers: Literal["each", "together"] = "each"  # together: average the loads over layers before the loss
+    shared_expert: bool = False  # a dense block beside the routed experts, applied to every token
     shared_expert_hidden_size: int | None = Field(None, ge=1, le=2**28)  # None: ffn_hidden_size
-    shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE
-    first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first
-    moe_layer_freq: int = Field(1, ge=1)  # after them every n-th block is a mixture, starting with one
-    dense_ffn_hidden_size: int | None = Field(
-        None, ge=1
-    )  # of the dense blocks; None: the model's expansion_ratio * d_model
+    shared_expert_gate: bool = False  # scale the shared expert by sigmoid(x @ gate), as in Qwen2-MoE
+    first_k_dense: int = Field(0, ge=0)  # number of dense layers before the first mixture
+    moe_layer_freq: int = Field(1, ge=1)  # after those, every n-th layer is a mixture, starting with the first
+    # F of the dense blocks; None: the model's expansion_ratio * d_model
+    dense_ffn_hidden_size: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -72,38 +72,38 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
         return self
 
     def filled(self, ffn_hidden_size: int, bias: bool) -> Self:
-        """A copy in which what the YAML left out has the model's value."""
+        """Return a copy with the model's values for the keys that the YAML leaves out."""
         copy = super().filled(ffn_hidden_size, bias)
         if copy.dense_ffn_hidden_size is None:
             copy = copy.model_copy(update={"dense_ffn_hidden_size": ffn_hidden_size})
         return copy
 
     def for_layer(self, index: int) -> FFNConfig:
-        """The mixture, or a dense block where `first_k_dense` and `moe_layer_freq` say so."""
+        """Return the mixture, or a dense block, depending on `first_k_dense` and `moe_layer_freq`."""
         after_dense = index - self.first_k_dense
         if after_dense >= 0 and after_dense % self.moe_layer_freq == 0:
             return self
         return self._dense(self.dense_ffn_hidden_size)
 
     def n_params(self, d_model: int) -> int:
-        """Parameters of one block."""
+        """Return the number of parameters in one block."""
         return self._params_met(d_model, self.moe_num_experts)
 
     @property
     def has_output_bias(self) -> bool:
-        """Whether the layer has one bias of d_model."""
+        """Whether the layer has a single bias of size d_model."""
         return bool(self.bias) and self.moe_bias == "output"
 
     def n_active_params(self, d_model: int) -> int:
-        """Parameters of one block that one token meets: K experts', and all that is not an expert's."""
+        """Return the number of parameters that one token uses: those of K experts, and all that are not in experts."""
         return self._params_met(d_model, self.moe_top_k)
 
     def kind(self, d_model: int) -> ExpertKind:
-        """What its experts compute."""
+        """Return the kind of experts, for the choice of kernels."""
         return _kind(d_model, self.expert.hidden_size, self.ffn_act_fn.key, bool(self.expert.bias), self.ffn_act_limit)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
-        """The mixture; it is the same in every layer."""
+        """Build the mixture; it is the same in every layer."""
         return MoE(self, d_model)
 
     @property
@@ -113,12 +113,12 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
 
     @property
     def expert(self) -> MLPConfig:
-        """The dense block that each expert is."""
+        """The config of one expert, as a dense block."""
         return self._dense(self.ffn_hidden_size).model_copy(update={"bias": self.bias and not self.has_output_bias})
 
     @property
     def shared(self) -> MLPConfig | None:
-        """The dense block beside them."""
+        """The config of the shared expert; None if there is none."""
         hidden = self.shared_expert_hidden_size or self.ffn_hidden_size
         return self._dense(hidden) if self.shared_expert else None
 
@@ -140,7 +140,7 @@ class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
     Source: `megablocks.layers.arguments.Arguments`, as LLM Foundry v0.22 fills it in.
     """
 
-    mlp_type: Literal["mlp", "glu"] = "mlp"  # of an expert: with a gate (glu), or without
+    mlp_type: Literal["mlp", "glu"] = "mlp"  # type of each expert: with a gate (glu) or without
     ffn_act_fn: Activation = Activation(name="gelu", approximate="tanh")  # the activation
     moe_bias: Literal["experts", "output"] = "output"
     moe_loss_weight: float = Field(0.1, ge=0)
@@ -148,9 +148,9 @@ class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_kind(cls, data: Any) -> Any:
-        """`mb_moe` drops tokens beyond a capacity of 1 unless it says otherwise; the others never do.
+        """Set the defaults by type. `mb_moe` drops tokens beyond a capacity factor of 1; the others never drop.
 
-        `torch_dmoe` is LLM Foundry's own: exact gelu, no balance loss, and no biases in the mixture whatever the model
+        `torch_dmoe` is LLM Foundry's own: exact GELU, no balance loss, and no biases in the mixture, whatever the model
         has.
         """
         kind = data.get("ffn_type") if isinstance(data, dict) else None
@@ -161,16 +161,16 @@ class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
         return data
 
 
-# One object a kind: torch.compile tells constants apart by identity, and would compile each layer for itself.
+# One object per kind: torch.compile compares constants by identity, and would compile each layer separately.
 _kind = cache(ExpertKind)
 
 
 class Experts(nn.Module):
-    """All experts' weights, stacked, and what they compute. Under expert parallelism, this rank's only."""
+    """The stacked weights of all experts, and their computation. Under expert parallelism, only this rank's experts."""
 
-    frozen_w1: NF4Weight | None  # in place of w1 and w2, with lora.quantize
+    frozen_w1: NF4Weight | None  # replace w1 and w2 with lora.quantize
     frozen_w2: NF4Weight | None
-    w1_lora_A: nn.Parameter | None  # (E, r, D); the low-rank adapters of w1 and w2, where the model has them
+    w1_lora_A: nn.Parameter | None  # (E, r, D); the low-rank adapters of w1 and w2, if the model has them
     w1_lora_B: nn.Parameter | None  # (E, 2F, r)
     w2_lora_A: nn.Parameter | None  # (E, r, F)
     w2_lora_B: nn.Parameter | None  # (E, D, r)
@@ -188,28 +188,28 @@ class Experts(nn.Module):
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
         self.lora_scale, self.lora_dropout, self.lora_off = 0.0, 0.0, False
-        for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
+        for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # filled by layers/lora.py
             self.register_parameter(slot, None)
 
     def set_adapters(self, scale: float, dropout: float) -> None:
-        """Called when adapters have been put into the slots."""
+        """Enable the adapters, after their slots have been filled."""
         self.lora_scale, self.lora_dropout = scale, dropout
         self.kind = _kind(*self.kind._replace(dropout=dropout > 0))
 
     def use_e4m3(self) -> str | None:
-        """Compute in e4m3 from now on; else return why not."""
+        """Switch to e4m3, or return why it is not supported."""
         refusal = e4m3_refusal(self.impl, self.kind)
         self.e4m3 = refusal is None
         return refusal
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
-        """What `moe_impl` stands for there."""
+        """Return the backend that `moe_impl` selects for this device and dtype."""
         if self.e4m3:
             return "e4m3"
         return resolve_backend(self.impl, self.kind, device, dtype)
 
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
-        """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
+        """Apply the experts to tokens that are here or in flight; (T, D) or (R, D)."""
         b1, b2, dtype = local_part(self.b1), local_part(self.b2), tokens.x.dtype
         w1 = local_part(self.w1) if self.frozen_w1 is None else self.frozen_w1(dtype)
         w2 = local_part(self.w2) if self.frozen_w2 is None else self.frozen_w2(dtype)
@@ -239,9 +239,10 @@ def _pair(a: Tensor | None, b: Tensor | None) -> LowRank | None:
 class MoE(nn.Module):
     """A dropless mixture of experts.
 
-    `expert_group` is set from outside, before training: the P ranks that hold the experts together, rank r
-    those from r * E / P on. None: this process holds all. `gathers`, too: whether they gather all tokens in training,
-    where each must have as many; where the model is evaluated or generates they may not, and tokens are sent.
+    `expert_group` and `gathers` are set from outside, before training. `expert_group` holds the P ranks that share the
+    experts; rank r holds the experts from r * E / P on. None: this process holds all experts. `gathers`: exchange
+    tokens by all-gather in training, where all ranks have equally many tokens. In evaluation and generation they may
+    not, so all-to-all is used.
     """
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
@@ -257,7 +258,7 @@ class MoE(nn.Module):
         self.gathers = False
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> FFNOutput:
-        """Apply to each token its experts.
+        """Apply its experts to each token.
 
         Args:
             x: (B, S, D).
@@ -275,9 +276,9 @@ class MoE(nn.Module):
             n_local = self.n_experts // dist.get_world_size(self.expert_group)
             way: type[Exchange] = AllGather if self.gathers and self.training else AllToAll
             exchange = way(tokens, weights, routing.experts, n_local, self.expert_group)
-            stats = statistics(routing)  # while the host would wait
+            stats = statistics(routing)  # overlaps with the exchange of counts
             there = exchange.send(tokens, weights)
-            shared = self._shared(x)  # while the tokens travel
+            shared = self._shared(x)  # overlaps with the transfer of tokens
             y = return_rows(self.experts(there), exchange)
         y = y.view_as(x)
         if self.output_bias is not None:

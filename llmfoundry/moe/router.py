@@ -1,8 +1,8 @@
-"""The router: which experts each token goes to, and with what weight.
+"""The router: selects the experts of each token, and their weights.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, E experts, K top_k.
-A pure function of its input: it keeps no counts and no losses. What the balance losses and the monitors need
-is in what it returns. All in float32 (float64 for float64 input): bf16 scores tie often, and near ties flip.
+A pure function of its input: it keeps no counts and no losses. Its output contains what the balance losses and monitors
+need. It computes in float32 (float64 for float64 input), because bf16 scores often tie, and near-ties flip.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from llmfoundry.kernels.top_k import top_k_ids
 from llmfoundry.layers.exact import ExactBuffers
 from llmfoundry.layers.ffn import RouterStats
 
-_COUNTERS = 64  # rows in which `statistics` counts
+_COUNTERS = 64  # number of rows in which `statistics` counts
 
 
 class RouterOutput(NamedTuple):
     """The routing of T tokens to K of E experts."""
 
-    weights: Tensor  # (T, K) float32, what each expert's output is multiplied by
-    experts: Tensor  # (T, K) int64, expert ids, distinct within a token, best first
+    weights: Tensor  # (T, K) float32, the factor on each expert's output
+    experts: Tensor  # (T, K) int64, expert ids, distinct per token, best first
     scores: Tensor  # (T, E) float32, each in (0, 1)
     logits: Tensor  # (T, E) float32
 
 
 class RouterConfig(Config):
-    """The router's keys in `ffn_config`; LLM Foundry's words where it has them."""
+    """The router's keys in `ffn_config`; LLM Foundry's names where it has them."""
 
-    moe_num_experts: int = Field(ge=1, le=2**16)  # routed experts of a layer
-    moe_top_k: int = Field(1, ge=1)  # experts of a token
-    moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of the router's logits
-    # Divide a token's weights by their p-norm: 1 makes them sum to 1 (Mixtral), null leaves them (OLMoE).
+    moe_num_experts: int = Field(ge=1, le=2**16)  # number of routed experts per layer
+    moe_top_k: int = Field(1, ge=1)  # number of experts per token
+    moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"  # maps the router's logits to scores
+    # Divide a token's weights by their p-norm: 1 makes them sum to 1 (Mixtral), null leaves them unchanged (OLMoE).
     moe_normalize_expert_weights: float | None = Field(None, gt=0)
-    moe_routed_scaling: float = Field(1.0, gt=0)  # multiplies the weights last
-    moe_jitter_eps: float | None = Field(None, gt=0, lt=1)  # training: router input times U(1 - eps, 1 + eps)
-    # Loss-free balance: experts are chosen by score + bias, and the bias moves by this much a step towards
-    # even load. null: no bias; 0: a bias that stays (a finished model's).
+    moe_routed_scaling: float = Field(1.0, gt=0)  # factor on the weights, applied last
+    moe_jitter_eps: float | None = Field(None, gt=0, lt=1)  # in training: router input times U(1 - eps, 1 + eps)
+    # Loss-free balancing: experts are chosen by score + bias, and each step moves the bias by this much towards an even
+    # load. null: no bias; 0: a constant bias (of a finished model).
     moe_bias_update_rate: float | None = Field(None, ge=0)
-    moe_n_groups: int = Field(1, ge=1)  # experts stand in this many groups
-    moe_topk_groups: int | None = Field(None, ge=1)  # a token uses only the best so many groups; null: all
+    moe_n_groups: int = Field(1, ge=1)  # number of groups that the experts are divided into
+    moe_topk_groups: int | None = Field(None, ge=1)  # a token only uses experts of this many best groups; null: all
     moe_router_bias: bool = False  # a learned bias on the logits (gpt-oss)
-    uniform_expert_assignment: bool = False  # benchmarks only: experts in turn, whatever the scores
+    uniform_expert_assignment: bool = False  # for benchmarks only: assign experts in turn, whatever the scores
 
     @model_validator(mode="after")
     def _check_router(self) -> Self:
@@ -69,10 +69,10 @@ class RouterConfig(Config):
         return self
 
     def check_trainable(self) -> None:
-        """Refuse to train a router that cannot learn; a finished model with such a router can be used.
+        """Check that training can change the router; a finished model with such a router can still be used.
 
         Raises:
-            ValueError: every weight is 1, whatever the scores.
+            ValueError: if every weight is 1, whatever the scores.
         """
         norm = self.moe_normalize_expert_weights
         if self.moe_top_k == 1 and self.moe_num_experts > 1 and norm is not None:
@@ -92,7 +92,7 @@ class Router(ExactBuffers):
         n_experts = config.moe_num_experts
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # (E, D)
         self.bias = nn.Parameter(torch.empty(n_experts)) if config.moe_router_bias else None  # (E,)
-        self.expert_bias: Tensor | None  # (E,) no parameter: `update_expert_bias` moves it
+        self.expert_bias: Tensor | None  # (E,) not a parameter: `update_expert_bias` updates it
         has_expert_bias = config.moe_bias_update_rate is not None
         self.register_buffer("expert_bias", torch.zeros(n_experts) if has_expert_bias else None)
 
@@ -101,10 +101,10 @@ class Router(ExactBuffers):
 
         Args:
             x: (B, S, D) any float dtype.
-            keys: (B,) int64 noise keys of the rows in this layer (`layer_keys`), used by jitter alone.
+            keys: (B,) int64 noise keys of the rows in this layer (`layer_keys`), only used by jitter.
 
         Raises:
-            ValueError: jitter in training without keys.
+            ValueError: if jitter is used in training without keys.
         """
         config = self.config
         if self.training and config.moe_jitter_eps is not None:
@@ -115,7 +115,7 @@ class Router(ExactBuffers):
         scores = logits.softmax(-1) if config.moe_score_fn == "softmax" else logits.sigmoid()
         experts = self._choose(scores.detach())  # (T, K)
         weights = scores.gather(1, experts)  # (T, K)
-        if config.uniform_expert_assignment:  # as MegaBlocks: experts in turn, with the weights of the best
+        if config.uniform_expert_assignment:  # as in MegaBlocks: assign experts in turn, with the weights of the best
             slots = torch.arange(experts.numel(), device=experts.device)
             experts = (slots % config.moe_num_experts).view_as(experts)
         if config.moe_normalize_expert_weights is not None:
@@ -126,10 +126,10 @@ class Router(ExactBuffers):
         return RouterOutput(weights, experts, scores, logits)
 
     def _choose(self, scores: Tensor) -> Tensor:
-        """(T, E) scores -> (T, K) expert ids."""
+        """Choose experts: (T, E) scores -> (T, K) expert ids."""
         config = self.config
         if self.expert_bias is not None:
-            # Choosing only: the weights stay the scores, so the bias needs no gradient (arXiv:2408.15664).
+            # The bias only affects the choice, not the weights, so it needs no gradient (arXiv:2408.15664).
             scores = scores + self.expert_bias.to(scores.dtype)
         n_groups, topk_groups = config.moe_n_groups, config.moe_topk_groups
         if topk_groups is not None and topk_groups < n_groups:
@@ -138,9 +138,9 @@ class Router(ExactBuffers):
 
 
 def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str) -> Tensor:
-    """Scores with -inf outside each token's best groups; expert i is in group i // (E / groups).
+    """Return scores with -inf outside each token's best groups; expert i is in group i // (E / groups).
 
-    A group counts by its two best experts under sigmoid (DeepSeek-V3, arXiv:2412.19437), by its best under
+    A group is ranked by its two best experts under sigmoid (DeepSeek-V3, arXiv:2412.19437), and by its best one under
     softmax (DeepSeek-V2, arXiv:2405.04434).
     """
     grouped = scores.view(scores.shape[0], n_groups, -1)  # (T, groups, E / groups)
@@ -152,10 +152,12 @@ def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str)
 
 
 def within_capacity(experts: Tensor, n_experts: int, factor: float) -> Tensor:
-    """Which slots an expert of limited capacity takes: its first `int(factor * T * K / E)`, in token order.
+    """Return which slots fit an expert's capacity: its first `int(factor * T * K / E)`, in token order.
 
     Args:
         experts: (T, K) ids.
+        n_experts: E.
+        factor: the capacity factor.
 
     Returns:
         (T, K) bool.
@@ -173,13 +175,13 @@ def within_capacity(experts: Tensor, n_experts: int, factor: float) -> Tensor:
 
 
 def statistics(routing: RouterOutput) -> RouterStats:
-    """The sums over tokens that balance losses and monitors are made of."""
+    """Compute the sums over tokens for balance losses and monitors."""
     scores, n_experts = routing.scores, routing.scores.shape[1]
     log_sum = routing.logits.logsumexp(-1)  # (T,)
     share = scores / scores.sum(-1, keepdim=True)  # sigmoid scores do not sum to 1
     chosen = routing.experts.reshape(-1)
-    # Integer atomics: the order of their sum does not matter, so this is deterministic. A GPU takes those of one
-    # address one after the other (40 ns each on an H100), so neighbours count in different rows.
+    # Integer atomics are deterministic, because the order of the sum does not matter. A GPU serializes those on one
+    # address (40 ns each on an H100), so neighboring slots count in different rows.
     at = torch.arange(chosen.numel(), device=chosen.device) % _COUNTERS * n_experts + chosen
     load = torch.zeros(_COUNTERS * n_experts, dtype=torch.int32, device=chosen.device)
     load.scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
@@ -192,7 +194,7 @@ def statistics(routing: RouterOutput) -> RouterStats:
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` in float32 (float64 for float64 `x`): (T, D), (E, D), (E,) -> (T, E)."""
+    """Compute `x @ weight.T + bias` in float32 (float64 for float64 `x`): (T, D), (E, D), (E,) -> (T, E)."""
     dtype = accumulation_dtype(x.dtype)
     if x.dtype == dtype:
         return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -206,13 +208,13 @@ class _Context(FunctionCtx):
 
 
 class _UpcastLinear(torch.autograd.Function):
-    """A float32 product of bf16 input. Saves x as it came, not a float32 copy of twice its size."""
+    """A float32 product of a bf16 input. It saves the bf16 input instead of a float32 copy of twice the size."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         if x.is_cuda and weight.dtype == x.dtype:
-            # bf16 products are exact in float32, so this is the float32 product, without the copies.
+            # bf16 products are exact in float32, so this is the float32 product, without copies.
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return x.float() @ weight.float().t()
 
@@ -222,7 +224,7 @@ class _UpcastLinear(torch.autograd.Function):
         (x, weight), (need_x, need_weight) = ctx.saved_tensors, ctx.needs_input_grad
         dx = dweight = None
         if grad.is_cuda and weight.dtype == x.dtype:
-            # The float32 gradient as two bf16 numbers, 16 bits of its mantissa, for the bf16 tensor cores.
+            # Split the float32 gradient into two bf16 numbers (16 bits of its mantissa), for the bf16 tensor cores.
             high = grad.to(x.dtype)
             parts = torch.cat([high, (grad - high).to(x.dtype)], dim=1)  # (T, 2E)
             if need_x:
@@ -238,21 +240,21 @@ class _UpcastLinear(torch.autograd.Function):
 
 
 def layer_keys(keys: Tensor, layer: int) -> Tensor:
-    """The noise keys of rows, (B,) int64, in one layer. Made outside the block, whose graph all layers share."""
+    """Return the noise keys of rows, (B,) int64, in one layer. Computed outside the blocks, which share a graph."""
     return keys + ((layer + 1) * 0x632BE59BD9B4E019) % 2**63
 
 
 def _jitter(x: Tensor, keys: Tensor, eps: float) -> Tensor:
-    """(B, S, D) factors in [1 - eps, 1 + eps) in the dtype of `x`: a hash of (key, position, channel).
+    """Return (B, S, D) factors in [1 - eps, 1 + eps) in the dtype of `x`: a hash of (key, position, channel).
 
-    No generator: the same on every mesh, for every microbatch, and when a layer is computed again.
+    Without a generator, they are the same on every mesh, for every microbatch, and in recomputation.
     """
     position = torch.arange(x.shape[1], device=x.device)
     channel = torch.arange(x.shape[2], device=x.device)
     row = _mix64(keys.to(x.device))  # (B,)
     token = _mix64(row.unsqueeze(1) + position).int()  # (B, S), the low 32 bits
     bits = token.unsqueeze(2) ^ _mix64(~channel).int()  # (B, S, D)
-    # murmur3's finalizer, whose constants are written as the int32 that they wrap to.
+    # The finalizer of murmur3; its constants are written as the int32 values that they wrap to.
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
     bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
     bits = bits ^ ((bits >> 16) & 0xFFFF)
@@ -261,7 +263,7 @@ def _jitter(x: Tensor, keys: Tensor, eps: float) -> Tensor:
 
 
 def _mix64(value: Tensor) -> Tensor:
-    """splitmix64's finalizer on int64, wrapping; its constants are written as the int64 that they wrap to."""
+    """The finalizer of splitmix64 on int64, with wraparound; its constants are written as they wrap."""
     value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return value ^ ((value >> 31) & 0x1FFFFFFFF)

@@ -1,1 +1,1 @@
-"""How a model is spread over processes; nothing below this room knows of it."""
+"""Distributes a model over processes; lower-level packages do not depend on this one."""

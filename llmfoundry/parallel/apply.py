@@ -1,9 +1,9 @@
-"""The order in which a model is spread, stated once: experts > recompute > compile > shards or casts > weights.
+"""The order in which parallelism is applied, stated once: experts > recompute > compile > shards or casts > weights.
 
-Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
-in one graph; shards last, around all of it. A block is not a single graph where the host reads how many tokens go
-where (with experts divided among ranks, or where the backend of the experts does), nor where 4-bit codes are gathered
-from ranks. Then its parts are compiled, inside recompute.
+Experts come first, because FSDP shards each rank's part of them. Recomputation goes inside compile, which can then
+choose what to keep within one graph. Sharding comes last, around everything. A block is not a single graph if the host
+reads token counts (when experts are divided among ranks, or when the expert backend does so), or if 4-bit codes are
+gathered from ranks. Then its parts are compiled instead, inside recomputation.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ _COMPUTE = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp8": torch.
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
-    """Spread a model over the ranks of `mesh`; in one process, only recompute, compile and cast.
+    """Distribute a model over the ranks of `mesh`; in a single process, only recompute, compile and cast.
 
     Args:
         model: built on the meta device.
-        precision: in which it computes, see `RunConfig.precision`; weights keep the dtype that they have.
+        mesh: from `build_mesh`.
+        config: `parallel` in the YAML.
+        precision: the compute precision, see `RunConfig.precision`; weights keep their dtype.
 
     Returns:
-        The same model, still on the meta device; `materialize` gives it storage.
+        The same model, still on the meta device; `materialize` allocates its storage.
     """
     _check_quantized(model, config)
     compute = _COMPUTE[precision]
@@ -61,7 +63,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
         sum_gradients_in(model, compute, config.sum_gradients_in, experts)
     if compiled and not one_graph:
         compile_parts(model)
-    if casts and not one_graph:  # inside of what is computed again
+    if casts and not one_graph:  # inside of recomputation
         for block in model.blocks:
             compute_in(block, compute)
     recompute_blocks(model.blocks, config.recompute, config.recompute_save, in_graph=one_graph)
@@ -84,14 +86,14 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
 
 
 def keep_weights_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Keep all weights that are trained in a dtype; buffers, and weights that are not, have their own."""
+    """Convert all trainable weights to a dtype; buffers and frozen weights keep theirs."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 def _keep_frozen_in(dtype: torch.dtype, model: CausalLM) -> None:
-    """Keep what adapters leave frozen in the compute dtype, which all that reads it would cast it to."""
+    """Convert frozen weights to the compute dtype, to which every use would cast them anyway."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -114,12 +116,15 @@ def _reads_on_host(model: CausalLM, precision: str) -> bool:
 
 
 def materialize(model: CausalLM, config: ParallelConfig, seed: int, *, loaded: bool = False) -> CausalLM:
-    """Give a model on the meta device its storage, and its initial weights.
+    """Allocate the storage of a model on the meta device, and initialize it.
 
-    With `cpu_offload` parameters live in host memory; buffers go to the device in any case.
+    With `cpu_offload`, parameters are in host memory; buffers always go to the device.
 
     Args:
-        loaded: the weights of the blocks are loaded next, all of them, so they are not drawn.
+        model: from `parallelize`.
+        config: `parallel` in the YAML.
+        seed: the run's seed.
+        loaded: skip the initialization of the blocks' weights, because all of them are loaded next.
     """
     place = runtime.device()
     model.to_empty(device="cpu" if config.cpu_offload else place)

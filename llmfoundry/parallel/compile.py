@@ -1,8 +1,8 @@
-"""Compiled blocks: one function for each kind of block, so that every kind has a recompile limit of its own.
+"""Compiled blocks: one function per kind of block, so that each kind has its own recompile limit.
 
-torch.compile keeps its graphs by code object and runs a function eagerly after eight of them. All blocks share the code
+torch.compile caches graphs per code object, and runs a function eagerly after eight of them. All blocks share the code
 of `Block.forward`, and each kind of block needs several graphs: with and without gradient, in training and evaluation,
-for a batch of fixed and of any size. So each kind gets a copy of the code.
+for fixed and dynamic batch sizes. So each kind gets a copy of the code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def compile_blocks(model: CausalLM) -> None:
-    """Compile each block as one graph, recompute inside; blocks of one kind share their graphs."""
+    """Compile each block as one graph, including recomputation; blocks of the same kind share their graphs."""
     runs: dict[object, Callable[..., BlockOutput]] = {}
     for kind, block in _kinds(model):
         if kind not in runs:
@@ -34,11 +34,11 @@ def compile_blocks(model: CausalLM) -> None:
 
 
 def compile_parts(model: CausalLM) -> None:
-    """Compile what surrounds mixtures: attention, norms, shared experts, dense blocks.
+    """Compile what surrounds the mixtures: attention, norms, shared experts, dense blocks.
 
-    A mixture itself stays eager, with all that it calls. Traced, its autograd nodes would become one, and the order of
-    the exchange, the weights' gradients and FSDP's hooks would be lost. Its router stays eager too, because recompute
-    has to see its choice.
+    A mixture and everything that it calls stay eager. If traced, its autograd nodes would be merged into one, which
+    would lose the order of the exchange, the weight gradients and FSDP's hooks. The router stays eager too, because
+    recomputation must intercept its choice.
     """
     copies: dict[object, Callable[..., BlockOutput]] = {}
     for kind, block in _kinds(model):
@@ -48,14 +48,14 @@ def compile_parts(model: CausalLM) -> None:
                 shared = mixture.shared_expert
                 shared.forward = torch.compile(shared.forward)  # type: ignore[method-assign]
             mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
-        # A graph ends at the mixture, so the code that counts is that of `Block.forward` and not that of a caller.
+        # A graph break at the mixture makes the code of `Block.forward` count towards the limit, not that of a caller.
         copy = copies.setdefault(kind, with_own_code(Block.forward, f"block_kind_{len(copies)}"))
         block.forward = _dispatch(block.forward, torch.compile(MethodType(copy, block)))  # type: ignore[method-assign]
 
 
 def _kinds(model: CausalLM) -> list[tuple[object, Block]]:
-    """Each block with its kind: all that a graph may depend on, except tensors' values and the inputs' sizes."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # `_dispatch` says what to do
+    """Return each block with its kind: all that a graph may depend on, except tensor values and input sizes."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # `_dispatch` reports the error
     found: list[tuple[object, Block]] = []
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -66,7 +66,7 @@ def _kinds(model: CausalLM) -> list[tuple[object, Block]]:
 
 
 def _constants(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """The plain attributes of a module, which a graph holds as constants."""
+    """Return the plain attributes of a module, which a graph treats as constants."""
     plain = (bool, int, float, str)
     return tuple((name, value) for name, value in sorted(vars(module).items()) if isinstance(value, plain))
 
@@ -76,7 +76,7 @@ def _run(forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def _dispatch(eager: Callable[..., BlockOutput], compiled: Callable[..., BlockOutput]) -> Callable[..., BlockOutput]:
-    """A block's forward that is compiled except in generation, where the cache has another length at every token."""
+    """Return a block's forward that is compiled except in generation, where the cache length changes every token."""
 
     def forward(*args: object) -> BlockOutput:
         if args[-1] is not None:  # the cache

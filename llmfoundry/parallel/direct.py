@@ -1,18 +1,19 @@
-"""Experts of an FSDP unit, gathered and summed without copies in between.
+"""Gathers and reduces the experts of an FSDP unit without intermediate copies.
 
-FSDP packs what a unit gathers: it casts this rank's parts into one buffer, copies that into the buffer of all ranks,
-and copies each parameter out of it; whole gradients are copied, as float32, into a buffer that is reduced. For many
-small parameters one packed collective is right. But stacked experts are most of a mixture's bytes, and each is large.
-They are gathered one by one: the collective reads this rank's part in the compute dtype and writes the whole parameter.
-Of gradients each rank sends every other one its rows in the dtype of backward, half the bytes of float32, and adds up
-what it gets in float32, in the order of ranks. Where the GPUs of a node reach each other's memory, and weights are kept
-in the compute dtype, both are copies by their copy engines, which take no SM from the products (peers.py).
+FSDP packs what a unit gathers: it casts this rank's shards into one buffer, copies that into the buffer of all ranks,
+and copies each parameter out of it. Unsharded gradients are copied, as float32, into a buffer that is reduced. One
+packed collective is right for many small parameters. But stacked experts are most of a mixture's bytes, and each tensor
+is large. Here they are gathered one by one: the collective reads this rank's shard in the compute dtype and writes the
+full parameter. For gradients, each rank sends every other rank its rows in the dtype of backward, half the bytes of
+float32, and adds up what it receives in float32, in rank order. If the GPUs of a node can access each other's memory,
+and weights are kept in the compute dtype, both are done by the GPUs' copy engines, which take no SMs from the matrix
+products (peers.py).
 
-All of it is by torch's hooks: an all-gather extension of the parameter's part, a custom all-gather, and a hook of the
-whole parameter's gradient. FSDP still frees and restores the whole; its packed buffer has one value of each expert
-tensor, which nobody reads.
+This uses PyTorch's own hooks: an all-gather extension of the sharded parameter, a custom all-gather, and a gradient
+hook of the unsharded parameter. FSDP still frees and reallocates the unsharded parameter. Its packed buffer holds one
+value per expert tensor, which is never read.
 
-Shapes: N ranks; a part is 1/N of a parameter, cut evenly in dim 0.
+Shapes: N ranks; a shard ("part") is 1/N of a parameter ("whole"), split evenly in dim 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # types of set_custom_*
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -41,23 +42,23 @@ from llmfoundry.parallel.peers import Peers, Shared
 
 log = logging.getLogger(__name__)
 
-# torch 2.13 renamed it.
+# torch 2.13 renamed reduce_scatter_tensor.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
-WEIGHTS, GRADIENTS = 0, 1  # channels of barriers: of the stream that computes, and of the one that sums
+MOST_RANKS = 8  # limit for exchanging gradient rows directly: a node's ranks. A ring is better for more.
+WEIGHTS, GRADIENTS = 0, 1  # barrier channels of the compute stream and of the stream that reduces gradients
 
 
 class Wanted(NamedTuple):
-    """A parameter that is to be gathered."""
+    """A parameter to be gathered."""
 
-    whole: Tensor  # flat
-    part: Tensor  # flat, this rank's
-    shared: Shared | None  # what the part lies in, if other ranks read it there
+    whole: Tensor  # the full parameter, flat
+    part: Tensor  # this rank's shard, flat
+    shared: Shared | None  # the memory of the shard, if other ranks read it there
 
 
 class Gather(AllGather):
-    """The all-gather of a unit: FSDP's packed one, and one for each parameter that is gathered directly."""
+    """The all-gather of a unit: FSDP's packed one, and one per directly gathered parameter."""
 
     def __init__(self) -> None:
         self.wanted: list[Wanted] = []
@@ -76,14 +77,14 @@ class Gather(AllGather):
                     runtime.all_gather(whole, part, group=group)
                 else:
                     shared.gather(whole)
-            if part.device.type == "cuda":  # it may be a cast, allocated for another stream
+            if part.device.type == "cuda":  # may be a temporary cast, allocated on another stream
                 part.record_stream(torch.cuda.current_stream())
         work: dist.Work | None = runtime.all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
 
 class Reduce(ReduceScatter):
-    """FSDP's own reduce-scatter, after a meeting."""
+    """FSDP's own reduce-scatter, preceded by `runtime.meet`."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -102,24 +103,26 @@ class Reduce(ReduceScatter):
 
 
 class _Sent(NamedTuple):
-    """A gradient whose rows are on their way."""
+    """A gradient whose rows are being sent."""
 
     grad: Tensor
     done: torch.Event | None  # None where nothing runs later
 
 
 class Inbox:
-    """Where the other ranks of a group write their rows of gradients: one slot is filled while the other is summed."""
+    """Double buffer where the other ranks write their gradient rows: one slot is filled while the other is summed."""
 
     def __init__(self, peers: Peers, slots: Sequence[Shared]) -> None:
         self._peers, self._slots, self._turn = peers, slots, 0
 
     @classmethod
     def of(cls, peers: Peers, n_bytes: int, device: torch.device) -> Inbox | None:
-        """That of this rank; None on every rank where memory is short on one. A collective.
+        """Allocate this rank's inbox. A collective; returns None on every rank if one of them lacks memory.
 
         Args:
-            n_bytes: of the largest gradient of a whole parameter.
+            peers: the ranks that exchange gradients.
+            n_bytes: size of the largest unsharded gradient.
+            device: of the buffers.
         """
         size = n_bytes // peers.size * (peers.size - 1)
         slots = [peers.allocate(size, torch.uint8, device) for _ in range(2)]
@@ -130,34 +133,38 @@ class Inbox:
         return grad.nbytes // self._peers.size * (self._peers.size - 1) <= self._slots[0].of_rank[0].numel()
 
     def exchange(self, grad: Tensor) -> Tensor:
-        """Send each other rank its rows of a gradient, (N, n) -> (N - 1, n), what the others send to this one.
+        """Send each other rank its rows of a gradient (N, n), and return the rows that this rank receives, (N - 1, n).
 
-        There is one barrier, after the slot is filled on all ranks. It also says that each rank has summed the other
+        One barrier waits until the slot is filled on all ranks. It also guarantees that each rank has summed the other
         slot, which is filled next.
         """
         (ranks, n), here = grad.shape, self._peers.rank
         slot, self._turn = self._slots[self._turn], 1 - self._turn
         for to in ((here + step) % ranks for step in range(1, ranks)):
-            row = here - (here > to)  # a rank sends itself nothing
+            row = here - (here > to)  # a rank sends nothing to itself
             slot.of_rank[to].view(grad.dtype)[row * n : (row + 1) * n].copy_(grad[to], non_blocking=True)
         slot.barrier(GRADIENTS)
         return slot.of_rank[here].view(grad.dtype)[: (ranks - 1) * n].view(ranks - 1, n)
 
 
 class Direct:
-    """The parameters of a model that are gathered directly."""
+    """The directly gathered parameters of a model."""
 
     def __init__(self, *, by_copies: bool) -> None:
-        """Args: by_copies: whether copy engines may gather and send, where they can."""
+        """Initialize without parameters.
+
+        Args:
+            by_copies: whether to gather and send with copy engines, if possible.
+        """
         self.parameters: list[Parameter] = []
-        self.stream: torch.cuda.Stream | None = None  # that computes
+        self.stream: torch.cuda.Stream | None = None  # the compute stream
         self.inboxes: dict[ProcessGroup, Inbox] = {}
         self._peers: dict[ProcessGroup, Peers | None] = {}
         self._by_copies = by_copies
         self._sent: deque[_Sent] = deque()
 
     def add(self, group: FSDPParamGroup, gather: Gather, modules: Collection[nn.Module]) -> None:
-        """Gather the parameters of these modules directly, those that are cut evenly in dim 0."""
+        """Gather the parameters of these modules directly, if they are split evenly in dim 0."""
         ranks = cast(FSDPMeshInfo, group.mesh_info).shard_mesh_size
         for each in group.fsdp_params if ranks > 1 else ():
             even = each.fsdp_placement.dim == 0 and each._orig_size[0] % ranks == 0
@@ -165,37 +172,37 @@ class Direct:
                 self.parameters.append(Parameter(self, group, each, gather))
 
     def before_forward(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
-        """A hook of the whole model, before those of FSDP."""
+        """A forward pre-hook of the whole model that runs before those of FSDP."""
         if torch.cuda.is_available():
             self.stream = torch.cuda.current_stream()
         new = [each for each in self.parameters if each.extend()]
         if new and self._by_copies:
             self._share(new)
-        self._meet()  # no rank reads a weight that another still updates
+        self._meet()  # no rank may read a weight that another rank is still updating
 
     def before_backward(self) -> None:
         for parameter in self.parameters:
             parameter.watch()
 
     def sent(self, grad: Tensor, event: torch.Event | None) -> None:
-        """Keep a gradient until its rows have left. Those of two parameters are on their way at once."""
+        """Keep a gradient alive until its rows have been sent. At most two are in flight."""
         self._sent.append(_Sent(grad, event))
         while len(self._sent) > 2:
             self._wait()
 
     def after_backward(self) -> None:
-        """Let the stream that computes wait for all sums."""
+        """Make the compute stream wait for all reductions."""
         self._wait_for_all()
-        self._meet()  # no rank updates a weight that another still reads
+        self._meet()  # no rank may update a weight that another rank is still reading
 
     def forget(self) -> None:
-        """Free what a step that was left in the middle had gathered or was sending."""
+        """Free what an interrupted step had gathered or was sending."""
         self._wait_for_all()
         for parameter in self.parameters:
             parameter.forget()
 
     def _share(self, parameters: Sequence[Parameter]) -> None:
-        """Put parts where other ranks read them."""
+        """Move shards to memory that other ranks can read."""
         largest: dict[ProcessGroup, int] = {}
         for each in parameters:
             if each.group not in self._peers:
@@ -215,7 +222,7 @@ class Direct:
             log.info("copy engines gather %d of %d tensors of experts", copied, len(parameters))
 
     def _meet(self) -> None:
-        """Let the stream that computes wait for those of all ranks that read each other's weights."""
+        """Make the compute stream wait for the compute streams of all ranks that share weights."""
         shared = {each.group: each.shared for each in self.parameters if each.shared is not None}
         for each in shared.values():
             runtime.meet()
@@ -232,14 +239,14 @@ class Direct:
 
 
 class Parameter:
-    """One that is gathered directly."""
+    """A directly gathered parameter."""
 
     def __init__(self, of: Direct, group: FSDPParamGroup, parameter: FSDPParam, gather: Gather) -> None:
         self._of, self._group, self._parameter, self._gather = of, group, parameter, gather
-        self._whole: Tensor | None = None  # flat; its storage comes and goes
+        self._whole: Tensor | None = None  # flat; its storage is freed and reallocated
         self._watched = False
         self.group: ProcessGroup = group._all_gather_process_group
-        self.shared: Shared | None = None  # what its part lies in, where other ranks read it there
+        self.shared: Shared | None = None  # the memory of its shard, if other ranks read it there
 
     @property
     def device(self) -> torch.device:
@@ -247,25 +254,25 @@ class Parameter:
 
     @property
     def computes_as_kept(self) -> bool:
-        """Whether the part is gathered as it is."""
+        """Whether the shard is gathered without a cast."""
         return self._group.mp_policy.param_dtype in (None, self._parameter._sharded_local_tensor.dtype)
 
     @property
     def sums(self) -> bool:
-        """Whether its gradients are summed here, and not by FSDP."""
+        """Whether its gradients are reduced here rather than by FSDP."""
         mesh, trained = self._group.mesh_info.mesh, self._parameter.sharded_param.requires_grad
         return bool(trained and mesh.ndim == 1 and mesh.size() <= MOST_RANKS)
 
     @property
     def n_bytes(self) -> int:
-        """Of the whole."""
+        """Size of the unsharded parameter."""
         return self._parameter._sharded_local_tensor.nbytes * self.group.size()
 
     def extend(self) -> bool:
-        """Make FSDP ask here for what it gathers.
+        """Install the all-gather extension on the sharded parameter.
 
         Returns:
-            Whether the part is new: a model that leaves the meta device has new ones.
+            Whether the shard is new, as after leaving the meta device.
         """
         part = self._parameter._sharded_local_tensor
         new = not hasattr(part, "fsdp_pre_all_gather")
@@ -275,9 +282,9 @@ class Parameter:
         return new
 
     def share(self, peers: Peers) -> None:
-        """Move the part into memory that other ranks read, if there is enough on all of them. A collective."""
+        """Move the shard to memory that other ranks can read, if all of them have enough. A collective."""
         part = self._parameter._sharded_local_tensor
-        if part.is_cuda:  # what is cached there is not free for memory of another allocator
+        if part.is_cuda:  # PyTorch's cache is not available to other allocators
             torch.cuda.empty_cache()
         self.shared = peers.allocate(part.numel(), part.dtype, part.device)
         if self.shared is None:
@@ -287,7 +294,7 @@ class Parameter:
         self._parameter._sharded_param_data = mine
 
     def watch(self) -> None:
-        """Take the whole parameter's gradients from the next backward on; there is one after the first forward."""
+        """Hook the unsharded parameter's gradient from the next backward on. It exists after the first forward."""
         if not self._watched and hasattr(self._parameter, "_unsharded_param"):
             self._watched = True
             if self.sums:
@@ -301,12 +308,12 @@ class Parameter:
     def _before(
         self, mesh: DeviceMesh, size: torch.Size, stride: Sequence[int], module: nn.Module, policy: MixedPrecisionPolicy
     ) -> tuple[tuple[Tensor], None]:
-        """Before FSDP's all-gather: what goes into its packed buffer."""
+        """Return what goes into FSDP's packed buffer; called before its all-gather."""
         parameter = self._parameter.sharded_param
         dtype = policy.param_dtype or parameter.dtype
         cuda = parameter.device.type == "cuda"
         if cuda:
-            # The memory of the whole belongs to the stream that computes, which may still use what it was before.
+            # The memory of `_whole` belongs to the compute stream, which may still be using it.
             torch.cuda.current_stream().wait_stream(self._stream())
         part = local_part(parameter.detach()).to(dtype).view(-1)
         with torch.cuda.stream(self._stream()) if cuda else nullcontext():
@@ -324,14 +331,14 @@ class Parameter:
     def _after(
         self, packed: tuple[Tensor, ...], nothing: None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor]] | None:
-        """After it: the whole parameter, and what FSDP frees with it."""
+        """Return the unsharded parameter, and what FSDP frees with it; called after its all-gather."""
         assert self._whole is not None
         return (self._whole, (self._whole,)) if out is None else None
 
     def _reduce(self, whole: Tensor) -> None:
-        """Sum a whole gradient over ranks into this rank's part of it."""
+        """Reduce an unsharded gradient over ranks into this rank's shard."""
         if not self._group.reduce_grads or self._parameter.unsharded_accumulated_grad is not None:
-            return  # FSDP keeps whole sums of microbatches, and reduces them
+            return  # FSDP accumulates unsharded gradients over microbatches, and reduces them
         assert whole.grad is not None
         grad = local_part(whole.grad).contiguous()
         whole.grad = None
@@ -347,7 +354,7 @@ class Parameter:
         self._of.sent(grad, done)
 
     def exchange(self, grad: Tensor) -> None:
-        """Send the rows of a whole gradient to their ranks, and add up what arrives. All is allocated before."""
+        """Send the rows of an unsharded gradient to their ranks, and sum what arrives. Allocates everything first."""
         group, parameter = self._group._reduce_scatter_process_group, self._parameter.sharded_param
         rows, inbox = grad.view(group.size(), -1), self._of.inboxes.get(self.group)
         total = None if parameter.grad is None else local_part(parameter.grad)

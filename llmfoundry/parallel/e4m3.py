@@ -1,4 +1,4 @@
-"""`precision: amp_fp8`: which layers compute in e4m3. They are changed in place, so names and checkpoints stay."""
+"""`precision: amp_fp8`: converts layers to e4m3 in place, so that names and checkpoints do not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def use_e4m3(blocks: Iterable[nn.Module]) -> None:
-    """Let the linear layers and experts of these blocks compute in e4m3, where they can; say once which cannot."""
+    """Convert the linear layers and experts of these blocks to e4m3 if supported; log once which are not."""
     left: dict[str, str] = {}
     for block in blocks:
         for name, module in block.named_modules():
@@ -28,7 +28,7 @@ def use_e4m3(blocks: Iterable[nn.Module]) -> None:
 def _change(module: nn.Module) -> str | None:
     if isinstance(module, Experts):
         return module.use_e4m3()
-    if type(module) is not nn.Linear or module.out_features == 1:  # the gate of a shared expert
+    if type(module) is not nn.Linear or module.out_features == 1:  # a shared expert's gate
         return None
     refusal = scaled_refusal(module)
     if refusal is None:

@@ -1,7 +1,7 @@
-"""Experts divided among ranks.
+"""Divides experts among ranks.
 
-Each rank of the `ep` axis keeps E / ep whole experts: their stacked weights become DTensors split in dim 0,
-and the mixture is told which ranks to exchange tokens with, and how. The exchange itself is moe/dispatch.py's.
+Each rank of the `ep` axis keeps E / ep whole experts: their stacked weights become DTensors sharded in dim 0, and the
+mixture is told which ranks to exchange tokens with, and how. The exchange itself is in moe/dispatch.py.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from llmfoundry.parallel.mesh import Mesh, ParallelConfig
 
 
 def mixtures(model: nn.Module) -> Iterator[MoE]:
-    """The mixture layers of a model, in order."""
+    """Return the mixture layers of a model, in order."""
     return (module for module in model.modules() if isinstance(module, MoE))
 
 
 def n_experts(model: CausalLMConfig) -> int:
-    """Experts of each mixture layer; 0 for a dense model."""
+    """Return the number of experts per mixture layer; 0 for a dense model."""
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
     return next((block.moe_num_experts for block in blocks if isinstance(block, MoEConfig)), 0)
 
 
 def divide_experts(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
-    """Give each rank of the `ep` axis its experts; nothing to do without that axis.
+    """Give each rank of the `ep` axis its experts; a no-op without that axis.
 
     Args:
-        model: on the meta device: each rank keeps the shape of its own part, and no weight is ever sent.
+        model: on the meta device, so that each rank keeps the shape of its own part, and no weights are sent.
+        mesh: with the `ep` axis, if there is one.
+        config: how tokens are exchanged.
     """
     if mesh.experts is None:
         return
     ranks = mesh.degrees.expert
-    # Neighbours, so they are on one node if it has a multiple of them; all ranks ask the smallest node.
+    # Adjacent ranks are on one node if the node's size is a multiple of `ranks`; check the smallest node.
     within_node = -runtime.most_of_ranks([-runtime.local_world_size()])[0] % ranks == 0
     for mixture in mixtures(model):
         mixture.gathers = gathers(config.exchange_tokens, ranks, mixture.router.config.moe_top_k, within_node)

@@ -1,7 +1,7 @@
-"""Frozen weights in 4 bits, divided among ranks: experts with their ranks, codes like what FSDP splits.
+"""Divides frozen 4-bit weights among ranks: experts by expert parallelism, codes like FSDP shards.
 
-FSDP splits parameters, in the dtype that they compute in. Codes are buffers, so a weight shares them by itself
-(layers/nf4.py): what is held and sent are 4.5 bits per value.
+FSDP shards parameters, in the dtype that they compute in. Codes are buffers, so each weight shards and gathers its own
+(layers/nf4.py), at 4.5 bits per value.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh
 
 
 def divide_frozen(model: CausalLM, mesh: Mesh) -> bool:
-    """Give each rank its part of the weights in NF4; on the meta device.
+    """Give each rank its part of the NF4 weights; on the meta device.
 
     Returns:
-        Whether ranks share any.
+        Whether any weight is shared by several ranks.
 
     Raises:
-        ConfigError: an expert's weight is not a whole number of blocks.
+        ConfigError: if an expert's weight is not a multiple of 64 values.
     """
     frozen = [module for module in model.modules() if isinstance(module, NF4Weight)]
     if mesh.dense is None or not frozen:

@@ -1,14 +1,14 @@
-"""Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
+"""Shards weights, gradients and optimizer state over ranks with FSDP2.
 
-A unit is what is gathered together: each block; its experts, where they have an axis of their own (none of them,
-where a rank's experts are whole and it has them in bfloat16: there is nothing to gather or to sum); the embedding
-and the head, where they are not tied; and the rest with the root. A unit's weights are gathered just before it
-runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as soon as they are
-whole. Experts, which are most of the bytes, may go around FSDP's buffers (direct.py).
+A unit is what is gathered together: each block; its experts, if they have their own mesh axis (but not if a rank keeps
+whole experts in bfloat16, because then there is nothing to gather or reduce); the embedding and the head, if they are
+not tied; and the rest with the root. A unit's weights are gathered just before it runs, in the compute dtype, and freed
+afterwards. Its gradients are reduced over ranks in float32 as soon as they are complete. Experts, which are most of the
+bytes, may bypass FSDP's buffers (direct.py).
 
-One rule for scale: gradients are SUMMED, never averaged. The loss is already divided by the labels of the
-global batch. FSDP2 by default divides by its own mesh's size, which for experts is ep times too small, so that
-their gradients come out ep times too big, and no loss curve shows it (Adam does not see a constant factor).
+One rule for scaling: gradients are SUMMED, never averaged. The loss is already divided by the number of labels in the
+global batch. By default FSDP2 divides by the size of its own mesh, which for experts is ep times too small. Their
+gradients would be ep times too large, which no loss curve would show, because Adam ignores a constant factor.
 """
 
 from __future__ import annotations
@@ -38,31 +38,33 @@ from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
 _EVERY_MICROBATCH = "reduces_every_microbatch"
 _DIRECT = "gathers_directly"
-_SUMS = "sums_gradients_in"  # attribute of a model whose weights have fewer bits than sums of gradients: their dtype
+_SUMS = "sums_gradients_in"  # attribute of a model with bfloat16 weights: the dtype of gradient sums
 
 
 def has_half_weights(model: nn.Module) -> bool:
-    """Whether weights that are trained are kept in bfloat16."""
+    """Return whether trainable weights are kept in bfloat16."""
     return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
 
 
 def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> bool:
-    """Whether experts are in no unit: each rank alone has its own, in the bfloat16 that is computed with.
+    """Return whether experts are outside of all units: each rank has its own whole experts, in bfloat16.
 
-    FSDP over one rank would copy every weight and gradient. With float32 weights it also keeps memory low, for it casts
-    one block at a time.
+    FSDP over a single rank would copy every weight and gradient. With float32 weights, it saves memory nonetheless,
+    because it casts one block at a time.
     """
     alone = mesh.expert_shards is not None and mesh.expert_shards.size() == 1
     return alone and has_half_weights(model) and not config.cpu_offload
 
 
 def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
-    """Split the model's parameters over ranks, in place.
+    """Shard the model's parameters over ranks, in place.
 
     Args:
-        model: on the meta device, its experts already divided.
-        compute: bfloat16, in which weights are gathered and computed with, and gradients are summed in float32; any
-            other only says how weights that are kept in bfloat16 are computed with.
+        model: on the meta device, with its experts already divided.
+        mesh: from `build_mesh`.
+        config: `parallel` in the YAML.
+        compute: if bfloat16, weights are gathered and used in it, and gradients are reduced in float32. Any other dtype
+            only determines how bfloat16 weights are computed with.
     """
     assert mesh.dense is not None
     half = has_half_weights(model)
@@ -94,9 +96,9 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
             offload_policy=offload,
             ignored_params=whole,
         )
-        if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
+        if over.size() > 1:  # a divide factor of 1 would still be a pass over all gradients
             sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo does not support scaled sums
         gather = Gather()
         sharded.set_custom_all_gather(gather)
         sharded.set_custom_reduce_scatter(Reduce())
@@ -110,10 +112,10 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         if mesh.expert_shards is not None and not apart and isinstance(block, Block) and isinstance(block.ffn, MoE):
             unit(block.ffn.experts, mesh.expert_shards, EXPERT_SHARD, again)
         unit(block, mesh.dense, SHARD, again)
-    if model.lm_head is not None:  # untied; a tied embedding is needed first and last, so the root keeps it
-        # The gradient of a look-up needs no weight.
+    if model.lm_head is not None:  # untied; the root keeps a tied embedding, which is needed first and last
+        # The gradient of a lookup does not need the weight.
         unit(model.wte, mesh.dense, SHARD, again).set_unshard_in_backward(False)
-        unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
+        unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows immediately
     unit(model, mesh.dense, SHARD, False)
     _set_prefetch(model, config.prefetch)
     setattr(model, _DIRECT, direct)
@@ -122,7 +124,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
 
 
 def _stacked_parameters(model: CausalLM) -> dict[int, int]:
-    """id of each parameter that is stacked by expert -> how many experts of it this rank has."""
+    """Map the id of each parameter that is stacked by expert to the number of experts on this rank."""
     found: dict[int, int] = {}
     for mixture in mixtures(model):
         ranks = 1 if mixture.expert_group is None else mixture.expert_group.size()
@@ -132,9 +134,9 @@ def _stacked_parameters(model: CausalLM) -> dict[int, int]:
 
 
 def _placement(stacked: dict[int, int], ranks: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Where to cut a parameter: dim 0, but through each expert where whole ones do not divide among ranks.
+    """Choose the dim to shard: dim 0, or dim 1 (through each expert) if the experts do not divide evenly among ranks.
 
-    Cut in dim 0, 8 experts on 64 ranks would leave 56 of them with nothing to hold and to update.
+    In dim 0, 8 experts on 64 ranks would leave 56 ranks with nothing to hold and update.
     """
 
     def place(parameter: nn.Parameter) -> Shard | None:
@@ -147,9 +149,9 @@ def _placement(stacked: dict[int, int], ranks: int) -> Callable[[nn.Parameter], 
 
 
 def _set_prefetch(model: CausalLM, ahead: int) -> None:
-    """Gather the weights of `ahead` blocks before their turn, in both directions.
+    """Gather the weights of `ahead` blocks in advance, in both directions.
 
-    Without this, FSDP counts on the host being ahead of the device; the expert exchange makes it wait every
+    Without this, FSDP relies on the host running ahead of the device, but the expert exchange makes it wait in every
     layer.
     """
     if ahead == 0:
@@ -179,11 +181,11 @@ def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
 
 @contextmanager
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
+    """Wrap the forward and backward of one microbatch; gradients are reduced over ranks after the last one.
 
-    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that no rank
-    keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
-    for a model that is not split.
+    Without `parallel.reduce_once_a_step`, each microbatch's gradients are reduced over `fsdp` at once, so that no rank
+    keeps unsharded gradients; over `dp_replicate` they are always reduced after the last one. A no-op for a model
+    without FSDP.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -199,10 +201,10 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def _sum_gradients_of_half_weights(model: nn.Module) -> None:
-    """Keep the sums of gradients in float32 where weights are kept in bfloat16; call it after the first forward.
+    """Keep the sums of gradients in float32 if weights are kept in bfloat16; call this after the first forward.
 
-    torch would round a sum over ranks to the dtype of the weight, and add those of microbatches in it. It has no public
-    way to keep the sum as it is.
+    PyTorch would round a reduced gradient to the weight's dtype, and accumulate microbatches in it. It has no public
+    way to keep the sum in float32.
     """
     dtype: torch.dtype | None = getattr(model, _SUMS, None)
     for group in _groups(model) if dtype is not None else ():
@@ -213,12 +215,12 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
 
 
 def can_leave(model: nn.Module) -> bool:
-    """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
+    """Return whether a step can be interrupted and another one started; FSDP2 supports this from torch 2.13."""
     return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
 
 
 def gradients_of(model: nn.Module) -> Iterator[Tensor]:
-    """All gradients that a rank holds, also in the middle of a step: finished ones, and whole ones not summed yet."""
+    """Yield all gradients on this rank, even during a step: reduced ones, and unsharded ones not reduced yet."""
     yield from (each.grad for each in model.parameters() if each.grad is not None)
     for group in _groups(model):
         for parameter in group.fsdp_params:
@@ -229,12 +231,12 @@ def gradients_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def reduces_once(model: nn.Module) -> bool:
-    """Whether the gradients of a step's microbatches are summed over ranks once."""
+    """Return whether the gradients of a step's microbatches are reduced over ranks only once."""
     return not getattr(model, _EVERY_MICROBATCH, False)
 
 
 def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
-    """What torch keeps of the parameters of each unit; it has no public way to it."""
+    """Yield FSDP's internal parameter groups, for which there is no public API."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield from _groups_of(module)
@@ -248,15 +250,15 @@ def _groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
 
 
 def forget_step(model: nn.Module) -> None:
-    """Make a model ready for another forward after one that was left, or its backward."""
+    """Make a model ready for another forward after a forward or backward was interrupted."""
     model.zero_grad(set_to_none=True)
     if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
     getattr(model, _DIRECT).forget()
     for group in _groups(model):
-        for parameter in group.fsdp_params:  # gradients of earlier microbatches, not summed over ranks yet
+        for parameter in group.fsdp_params:  # gradients of earlier microbatches that have not been reduced yet
             parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):  # not before the first forward
+            if hasattr(parameter, "_unsharded_param"):  # missing before the first forward
                 parameter._unsharded_param.grad = None
     model.zero_grad(set_to_none=True)

@@ -1,9 +1,9 @@
-"""Which rank does what. The only file that names mesh axes.
+"""Assigns roles to ranks. The only file that names mesh axes.
 
-world = replicate x shard. A dense parameter is split over `fsdp` (shard ranks) and repeated `dp_replicate`
-times. Experts use the same ranks in another arrangement: `expert` divides `shard`; each expert belongs to one of
-`ep` neighbouring ranks (neighbours, so that tokens travel over NVLink), and its weights are split over the
-`efsdp` = shard / expert ranks that hold the same experts. Every rank has rows of its own, whatever the degrees.
+world = replicate x shard. A dense parameter is sharded over `fsdp` (shard ranks) and replicated `dp_replicate` times.
+Experts use the same ranks in another arrangement: `expert` divides `shard`; each expert belongs to one of `ep` adjacent
+ranks (adjacent, so that tokens travel over NVLink), and its weights are sharded over the `efsdp` = shard / expert ranks
+that hold the same experts. Every rank has its own rows, whatever the degrees.
 
     dense   (dp_replicate, fsdp)          8 ranks, replicate 1, shard 8, expert 2:   0 1 2 3 4 5 6 7
     sparse  (dp_replicate, efsdp, ep)     ep groups 01 23 45 67, efsdp groups 0246 1357
@@ -27,32 +27,33 @@ REPLICATE, SHARD, EXPERT_SHARD, EXPERT = "dp_replicate", "fsdp", "efsdp", "ep"
 
 
 class ParallelConfig(Config):
-    """`parallel` in the YAML. The defaults split everything over all processes."""
+    """Parallelism: `parallel` in the YAML. By default, everything is sharded over all processes."""
 
-    replicate: int = Field(1, ge=1)  # copies of the model (HSDP), usually one a node or a few
-    shard: int = -1  # ranks that one copy is split over; -1: processes / replicate
-    expert: int = Field(1, ge=1)  # ranks that the experts are divided among; divides shard and the experts
-    # How tokens reach experts on other ranks in training. all_to_all: each is sent to the ranks that hold any of its
-    # experts. gather: all are gathered; no counts are waited for, and every rank must have as many rows. auto: gather,
-    # within a node, if that receives at most 1.5 times as many tokens. Evaluation and generation always send.
+    replicate: int = Field(1, ge=1)  # number of model replicas (HSDP), usually one per node or a few
+    shard: int = -1  # ranks that each replica is sharded over; -1: processes / replicate
+    expert: int = Field(1, ge=1)  # ranks that share the experts; must divide shard and the number of experts
+    # How tokens reach experts on other ranks in training. all_to_all: each token is sent to the ranks that hold any of
+    # its experts. gather: all tokens are gathered; the host waits for no counts, but every rank needs the same number
+    # of rows. auto: gather, within a node, if that receives at most 1.5 times as many tokens. Evaluation and generation
+    # always use all_to_all.
     exchange_tokens: Literal["auto", "gather", "all_to_all"] = "auto"
-    recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
-    recompute_save: list[str] | None = None  # selective: operators to keep; None: attention, products
+    recompute: Literal["none", "full", "selective"] = "none"  # activations to recompute in backward
+    recompute_save: list[str] | None = None  # selective: operators whose results are kept; None: attention, matmuls
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
-    reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
-    # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
-    # whole gradients fit and the step is shorter so, by the plan of --dry-run.
+    reshard_after_forward: bool = True  # free a block's weights after forward, and gather them again in backward
+    # Reduce gradients over ranks once per step. False: after each microbatch, with more traffic but less memory. auto:
+    # once, if unsharded gradients fit and the plan of --dry-run expects a shorter step.
     reduce_once_a_step: bool | Literal["auto"] = "auto"
-    # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
-    # parameter, or in 2, rounded at random.
+    # In a single process, and for experts that are whole on a rank: accumulate gradients over microbatches in fp32 (4
+    # bytes per parameter), or in bf16 with stochastic rounding (2 bytes).
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
-    # How stacked experts are gathered and their gradients summed. packed: in FSDP's buffers, with what else a block
-    # has. direct: without them, in fewer copies, by NCCL. auto: the same by the GPUs' copy engines, which leave the SMs
-    # to the products, where the GPUs of one node reach each other's memory and weights are kept in bfloat16; with
-    # cpu_offload, packed.
+    # How stacked experts are gathered and their gradients reduced. packed: in FSDP's buffers, with the block's other
+    # weights. direct: without them, in fewer copies, by NCCL. auto: as direct, but by the GPUs' copy engines, which
+    # leave the SMs to matrix products, if the GPUs of a node can access each other's memory and weights are kept in
+    # bfloat16; with cpu_offload, packed.
     gather_experts: Literal["auto", "packed", "direct"] = "auto"
-    prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
-    cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
+    prefetch: int = Field(1, ge=0)  # number of blocks whose weights are gathered in advance
+    cpu_offload: bool = False  # keep weights, gradients and optimizer state in host memory
 
     @field_validator("shard")
     @classmethod
@@ -69,7 +70,7 @@ class ParallelConfig(Config):
 
 
 class Degrees(NamedTuple):
-    """How many ranks each axis has."""
+    """The number of ranks on each axis."""
 
     replicate: int
     shard: int
@@ -77,24 +78,25 @@ class Degrees(NamedTuple):
 
     @property
     def expert_shard(self) -> int:
-        """Ranks that one expert's weights are split over."""
+        """The number of ranks that one expert's weights are sharded over."""
         return self.shard // self.expert
 
 
 def single_process(config: ParallelConfig, degrees: Degrees) -> bool:
-    """Whether a process trains without FSDP: it is the only one, and keeps nothing in host memory."""
+    """Return whether training needs no FSDP: there is one process, and nothing is offloaded."""
     return degrees == (1, 1, 1) and not config.cpu_offload
 
 
 def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
-    """The degrees of a run.
+    """Compute the degrees of a run.
 
     Args:
-        world: processes.
-        n_experts: of each mixture layer; 0 for a dense model.
+        config: `parallel` in the YAML.
+        world: number of processes.
+        n_experts: per mixture layer; 0 for a dense model.
 
     Raises:
-        ConfigError: the degrees do not fit the processes or the experts.
+        ConfigError: if the degrees do not fit the processes or the experts.
     """
     replicate, expert = config.replicate, config.expert
     shard = config.shard
@@ -126,15 +128,15 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run as FSDP and the experts use them. Without a process group there are no axes.
+    """The ranks of a run, as FSDP and the experts use them. Without a process group there are no axes.
 
     Attributes:
-        degrees: ranks on each axis.
-        dense: (fsdp,) or (dp_replicate, fsdp) for all but experts; None in one process without a group.
-        sparse: (efsdp, ep) or (dp_replicate, efsdp, ep) for experts; None with `expert: 1`, which splits them like
-            all other parameters.
-        data_rank: this rank's slice of the global batch.
-        data_ranks: slices of the global batch.
+        degrees: number of ranks on each axis.
+        dense: (fsdp,) or (dp_replicate, fsdp), for everything but experts; None in one process without a group.
+        sparse: (efsdp, ep) or (dp_replicate, efsdp, ep), for experts; None with `expert: 1`, which shards them like
+            other parameters.
+        data_rank: index of this rank's slice of the global batch.
+        data_ranks: number of slices of the global batch.
     """
 
     degrees: Degrees
@@ -150,7 +152,7 @@ class Mesh:
 
     @property
     def expert_shards(self) -> DeviceMesh | None:
-        """What FSDP splits an expert's weights over: (efsdp,) or (dp_replicate, efsdp)."""
+        """The mesh that FSDP shards expert weights over: (efsdp,) or (dp_replicate, efsdp)."""
         if self.sparse is None:
             return None
         if self.degrees.replicate > 1:
@@ -164,14 +166,15 @@ class Mesh:
 
 
 def settled_exchange(config: ParallelConfig, rows: int, ranks: int) -> ParallelConfig:
-    """The same, without a gather of tokens where some ranks have more rows than others.
+    """Return the config, with all_to_all instead of gather if ranks have different numbers of rows.
 
     Args:
-        rows: of the global batch.
-        ranks: that share it.
+        config: `parallel` in the YAML.
+        rows: number of rows in the global batch.
+        ranks: number of ranks that share it.
 
     Raises:
-        ConfigError: a gather is asked for there.
+        ConfigError: if a gather is requested explicitly in that case.
     """
     if config.expert == 1 or rows % ranks == 0:
         return config
@@ -184,14 +187,15 @@ def settled_exchange(config: ParallelConfig, rows: int, ranks: int) -> ParallelC
 
 
 def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh:
-    """Arrange the processes that run; call it after `runtime.start`, before the model is built.
+    """Arrange the running processes in a mesh; call this after `runtime.start`, before the model is built.
 
     Args:
+        config: `parallel` in the YAML.
         device_type: "cuda" or "cpu".
-        n_experts: of each mixture layer; 0 for a dense model.
+        n_experts: per mixture layer; 0 for a dense model.
 
     Raises:
-        ConfigError: the degrees do not fit the processes or the model.
+        ConfigError: if the degrees do not fit the processes or the model.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     degrees = plan_mesh(config, world, n_experts)
@@ -199,7 +203,7 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
         return Mesh(degrees, None, None, 0, 1)
     replicate, shard, expert = degrees
     replicas, axis = ((replicate,), (REPLICATE,)) if replicate > 1 else ((), ())
-    # An axis of one rank stays in the mesh: with replicas, FSDP over it gives the mixed precision.
+    # An axis of one rank stays in the mesh: with replicas, FSDP over it provides the mixed precision.
     dense = init_device_mesh(device_type, (*replicas, shard), mesh_dim_names=(*axis, SHARD))
     sparse = None
     if expert > 1:
@@ -212,10 +216,10 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
 
 
 def _warm_up(mesh: DeviceMesh) -> None:
-    """One small sum on every axis, in the same order everywhere.
+    """Run one small all-reduce on every axis, in the same order on all ranks.
 
-    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in different orders,
-    a bad link would look like a hang; here it is an error that names the axis.
+    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in different orders, a bad
+    link would look like a hang; here it is an error that names the axis.
     """
     for axis in mesh.mesh_dim_names or ():
         group = mesh.get_group(axis)

@@ -1,9 +1,9 @@
-"""Matrices that are cut into rows among ranks, whole on one rank each while something is computed of them.
+"""Gathers row-sharded matrices, each on one rank, for a computation on whole matrices.
 
-Each rank gets a share of the matrices: one all-to-all brings it their rows, and another one takes the results back. An
-all-gather would bring every matrix to every rank, and each of them would compute the same.
+Each rank owns some of the matrices: one all-to-all sends their rows to it, and another one returns the results. An
+all-gather would send every matrix to every rank, and all ranks would repeat the same computation.
 
-Shapes: N matrices of R rows and C columns; a rank has some of the rows of each.
+Shapes: N matrices of R rows and C columns; each rank has some of the rows of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 
 def rows_of_ranks(rows: int, ranks: int, start: int, stop: int) -> list[int]:
-    """How many of the rows from `start` to `stop` each rank has of a tensor of `rows`, cut as `torch.chunk` does."""
+    """Return how many of the rows [start, stop) each rank has, of a tensor of `rows` split as by `torch.chunk`."""
     chunk = -(-rows // ranks)
     return [max(0, min(stop, (rank + 1) * chunk) - max(start, rank * chunk)) for rank in range(ranks)]
 
@@ -29,14 +29,14 @@ def on_owners(
     group: ProcessGroup,
     compute: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Compute something of each matrix on one rank, and give each rank its rows of the results. A collective.
+    """Compute a function of each matrix on its owner, and return each rank its rows of the results. A collective.
 
     Args:
-        parts: this rank's rows of each matrix, (rows of this rank, C), of one dtype.
+        parts: this rank's rows of each matrix, (rows of this rank, C), all of the same dtype.
         counts: for each matrix, how many of its R rows each rank has.
-        first: the rank that owns the first matrix; the next rank owns the next.
+        first: the rank that owns the first matrix; the next rank owns the next, and so on.
         group: the ranks.
-        compute: (n, R, C) -> (n, R, C), of the matrices that this rank owns; called if there are any.
+        compute: (n, R, C) -> (n, R, C), for the matrices that this rank owns; only called if there are any.
 
     Returns:
         This rank's rows of each result, in the order of `parts`.
@@ -44,8 +44,8 @@ def on_owners(
     ranks, me = group.size(), group.rank()
     owned = [[i for i in range(len(parts)) if (first + i) % ranks == rank] for rank in range(ranks)]
     order = [i for each in owned for i in each]
-    there = [sum(counts[i][me] for i in each) for each in owned]  # rows that this rank sends to each owner
-    here = [sum(counts[i][rank] for i in owned[me]) for rank in range(ranks)]  # rows that it gets, as an owner
+    there = [sum(counts[i][me] for i in each) for each in owned]  # number of rows that this rank sends to each owner
+    here = [sum(counts[i][rank] for i in owned[me]) for rank in range(ranks)]  # rows that it receives as an owner
     columns = parts[0].shape[1]
 
     received = parts[0].new_empty(sum(here), columns)

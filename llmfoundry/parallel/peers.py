@@ -1,9 +1,9 @@
-"""Memory of one GPU that the other GPUs of its node read and write, moved by copy engines.
+"""GPU memory that the other GPUs of a node can read and write, using copy engines.
 
-A collective of NCCL runs on SMs, and everything beside it slows down: on two H200s, while weights were gathered at 154
-GB/s, a product of experts took 1.31 times as long. Copied by the GPUs' copy engines they came at 370 GB/s, and the same
-product took 1.04 times as long. Copies need memory that is mapped on all GPUs (torch.distributed._symmetric_memory),
-and their own signals: `Shared.barrier` runs on a stream, and the host waits for nothing.
+NCCL's collectives run on SMs and slow down concurrent kernels: on two H200s, while weights were gathered at 154 GB/s,
+an expert product took 1.31 times as long. With copy engines, weights were gathered at 370 GB/s, and the same product
+took 1.04 times as long. The copies need memory that is mapped on all GPUs (torch.distributed._symmetric_memory), and
+their own synchronization: `Shared.barrier` runs on a stream, and the host does not wait.
 
 Shapes: N ranks in a group.
 """
@@ -24,30 +24,30 @@ log = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
-    """Memory of the same size on each rank."""
+    """Memory of the same size on each rank of a group."""
 
-    rank: int  # this one
-    of_rank: list[Tensor]  # N of them, flat
+    rank: int  # this rank
+    of_rank: list[Tensor]  # N tensors, flat
     handle: _symmetric_memory._SymmetricMemory
 
     def gather(self, whole: Tensor) -> None:
-        """Copy all of it, in the order of ranks; each rank begins with another one, so that all links are used."""
+        """Gather the memory of all ranks, in rank order. Each rank starts with another one, to use all links."""
         ranks = len(self.of_rank)
         parts = whole.view(ranks, -1)
         for rank in ((self.rank + step) % ranks for step in range(1, ranks + 1)):
             parts[rank].copy_(self.of_rank[rank], non_blocking=True)
 
     def barrier(self, channel: int) -> None:
-        """Let the current stream wait until a stream of every rank is here.
+        """Make the current stream wait until a stream of every rank has reached this barrier.
 
-        What those streams copied before is there after it. Barriers of streams that run beside each other use other
+        Copies that those streams made before it are then visible. Streams that run concurrently must use different
         channels.
         """
         self.handle.barrier(channel=channel)
 
 
 class Peers:
-    """The ranks of a group whose GPUs reach each other's memory."""
+    """The ranks of a group whose GPUs can access each other's memory."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -55,8 +55,8 @@ class Peers:
 
     @classmethod
     def of(cls, group: ProcessGroup, device: torch.device) -> Peers | None:
-        """Those of a group, or None where a GPU does not reach another, or may not. A collective."""
-        if group.size() == 1 or device.type != "cuda" or dist.get_backend(group) == "fake":  # fake: the plan's
+        """Return the peers of a group, or None if some GPU cannot, or may not, access another. A collective."""
+        if group.size() == 1 or device.type != "cuda" or dist.get_backend(group) == "fake":  # fake: used for planning
             return None
         here, n_local = runtime.rank() // runtime.local_world_size(), runtime.local_world_size()
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != runtime.rank()]
@@ -66,16 +66,16 @@ class Peers:
         if _agreed(reached, group, device):
             try:
                 reached = cls(group).allocate(1, torch.uint8, device) is not None
-            except RuntimeError as error:  # a container that forbids it, say
+            except RuntimeError as error:  # e.g. a container that forbids it
                 log.warning("GPUs of this node cannot share memory, so NCCL gathers experts: %s", error)
                 reached = False
         return cls(group) if _agreed(reached, group, device) else None
 
     def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared | None:
-        """Memory for `n` values on each rank, unset. A collective.
+        """Allocate uninitialized memory for `n` values on each rank. A collective.
 
         Returns:
-            None on every rank where one of them has not as much left: the others would wait for it.
+            None on every rank if one of them lacks memory, so that no rank waits for it.
         """
         mine: Tensor | None = None
         try:
@@ -90,7 +90,7 @@ class Peers:
 
     def _shared(self, mine: Tensor) -> Shared:
         handle = _symmetric_memory.rendezvous(mine, self.group)
-        runtime.count_memory(mine.nbytes)  # torch's allocator does not know of it
+        runtime.count_memory(mine.nbytes)  # PyTorch's allocator does not count it
         others = (handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.size))
         return Shared(self.rank, [mine if rank == self.rank else each for rank, each in enumerate(others)], handle)
 

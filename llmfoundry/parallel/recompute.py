@@ -1,9 +1,9 @@
-"""Recompute of activations: a block's forward runs again in backward, so little is kept of the first time.
+"""Activation recomputation: a block's forward runs again in backward, so that few activations are kept.
 
-What is kept is a list of operators. `full` keeps a block's input and the router's choice; `selective` also
-what is dear to compute and small: attention and the dense products. The router's choice is always kept, so
-that a token cannot go to other experts the second time. Statistics are returned by a block, not stored by it,
-so what the second forward returns counts nowhere.
+What is kept is a list of operators' results. `full` keeps a block's input and the router's choice; `selective` also
+keeps results that are expensive to compute and small: attention and dense matrix products. The router's choice is
+always kept, so that a token cannot go to other experts the second time. A block returns its statistics instead of
+storing them, so those of the second forward are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import llmfoundry.kernels.scaled_linear  # noqa: F401  registers an operator of 
 from llmfoundry.config import ConfigError
 from llmfoundry.kernels.top_k import CHOICE
 
-ATTENTION = (  # those that can drop
+ATTENTION = (  # these support dropout
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_flash_attention",
@@ -39,10 +39,10 @@ DEAR = (
 
 
 def operators(names: Sequence[str]) -> list[object]:
-    """The operators called `namespace.name` in `torch.ops`, all overloads but those that write in place.
+    """Return the operators called `namespace.name` in `torch.ops`, in all overloads except out variants.
 
     Raises:
-        ConfigError: there is no such operator.
+        ConfigError: if there is no such operator.
     """
     found: list[object] = []
     for name in names:
@@ -55,13 +55,13 @@ def operators(names: Sequence[str]) -> list[object]:
             )
         if isinstance(packet, torch._ops.HigherOrderOperator):
             found.append(packet)
-        else:  # `out` writes into its argument: there is no result to keep
+        else:  # out variants have no result to keep
             found += [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
     return found
 
 
 class _Keep(TorchDispatchMode):
-    """The first forward: results of some operators are put aside."""
+    """Dispatch mode of the first forward: stores the results of some operators."""
 
     def __init__(self, kept: dict[object, list[object]]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Keep(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled parts may run below this mode; it sees nothing of them."""
+        """Allow compiled code under this mode, which does not intercept its operators."""
         return True
 
     def __torch_dispatch__(
@@ -81,16 +81,16 @@ class _Keep(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         if func in self.kept:
-            # Detached: autograd writes the graph into `result` itself, which would then hold itself alive.
+            # Detached: autograd sets the grad_fn of `result` itself, which would then keep itself alive.
             self.kept[func].append(tree_map_only(Tensor, Tensor.detach, result))
         return result
 
 
 class _Replay(_Keep):
-    """The forward in backward: each of those operators returns what it did, in the same order.
+    """Dispatch mode of the second forward: those operators return their stored results, in the same order.
 
-    torch's own pair asks every other operator, too, to run equally often, which FSDP's inside a block do not: what is
-    gathered already is not gathered again.
+    PyTorch's own pair also requires all other operators to run equally often. FSDP's operators inside a block do not:
+    what is already gathered is not gathered again.
     """
 
     def __torch_dispatch__(
@@ -115,23 +115,24 @@ def recompute_blocks(
     *,
     in_graph: bool,
 ) -> None:
-    """Make each block's forward one that is computed again in backward.
+    """Make the forward of each block recompute its activations in backward.
 
-    Only `forward` is replaced: no wrapper changes the names of parameters.
+    Only `forward` is replaced, so there is no wrapper that changes parameter names.
 
     Args:
+        blocks: the model's blocks.
         mode: what is kept.
-        save: operators kept in place of `DEAR`, for `selective`.
-        in_graph: whether the blocks are compiled around this, each as one graph.
+        save: operators to keep instead of `DEAR`, for `selective`.
+        in_graph: whether each block is compiled around this, as one graph.
     """
     if mode == "none":
         return
     names = [*CHOICE, *((DEAR if save is None else save) if mode == "selective" else ())]
     contexts = create_selective_checkpoint_contexts if in_graph else _contexts
     for block in blocks:
-        # Only dropout draws from torch's generators, whose state is kept then: the second time drops the same.
-        # Attention that drops has to run again too, or what drops after it would find the generator where it began.
-        # In a graph it is kept instead: to run it again, torch gives it generators that no seed reaches.
+        # Only dropout uses PyTorch's generators, whose state is then saved, so that the second forward drops the same.
+        # Attention with dropout must run again too; otherwise later dropout would see another generator state. In a
+        # graph, attention is kept instead: on recomputation, PyTorch gives it generators that ignore the seed.
         drops = bool(getattr(getattr(block, "attn", None), "dropout", 0))
         if drops and in_graph:
             kept = operators(list(dict.fromkeys([*names, *ATTENTION])))

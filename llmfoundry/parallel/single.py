@@ -1,15 +1,15 @@
 """Mixed precision without FSDP, for a single process: weights are cast where FSDP would gather them.
 
-FSDP over one rank gives the same numbers, but copies every weight and gradient three times more: at OLMoE's shape with
-8 layers and 32,768 tokens per step, this is 50 of 405 ms on an H100.
+FSDP over one rank gives the same numbers, but copies every weight and gradient three more times: at OLMoE's shape with
+8 layers and 32,768 tokens per step, this takes 50 of 405 ms on an H100.
 
-A step is *lean* if each weight gets its gradient once, or if gradients are summed in bfloat16. Then gradients stay in
-the dtype that backward computes them in, and the weights' copies outlive the step: the update reads the former and
-writes the latter. That moves 14 bytes per parameter less than casts do, and holds no more memory than a step that is
-not lean, which keeps float32 gradients.
+A step is *lean* if each weight gets its gradient only once, or if gradients are summed in bfloat16. Then gradients stay
+in the dtype of backward, and the compute copies of the weights persist across steps: the update reads the former and
+writes the latter. This moves 14 bytes per parameter less than casting, and needs no more memory than a step that is not
+lean, which keeps float32 gradients.
 
-Weights that are kept in bfloat16 have no copies: in bfloat16 they are computed with as they are, in another dtype they
-are cast where they are used. Their gradients are summed as those of float32 weights are.
+Weights that are kept in bfloat16 have no copies: they are used directly if the compute dtype is bfloat16, and otherwise
+cast where they are used. Their gradients are summed like those of float32 weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from llmfoundry.kernels.accumulate import add_rounded_, key_of
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_COPY = "compute_copy"  # attribute of a parameter: its copy
-_COPIED = "compute_copy_version"  # the version of the parameter that the copy was made of
+_COPY = "compute_copy"  # attribute of a parameter: its compute copy
+_COPIED = "compute_copy_version"  # the version of the parameter that the copy was made from
 _SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
@@ -37,11 +37,12 @@ _INSIDE = "casts_inside"  # attribute of a model: the modules whose parameters a
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> None:
-    """Make `module.forward` see its parameters in `dtype`.
+    """Make `module.forward` use its parameters in `dtype`.
 
     Args:
-        module: its forward is replaced, its parameters stay.
-        without: modules inside whose parameters are left as they are.
+        module: its forward is replaced; its parameters stay.
+        dtype: the compute dtype.
+        without: submodules whose parameters are not cast.
     """
     inner = {id(each) for outer in without for each in outer.modules()}
     owners = [owner for owner in module.modules() if id(owner) not in inner]
@@ -52,14 +53,14 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
 def sum_gradients_in(
     model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module]
 ) -> None:
-    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`."""
+    """Configure how a model sums gradients over microbatches, for the modules `inside`, which compute in `dtype`."""
     setattr(model, _CASTS, dtype)
     setattr(model, _INSIDE, inside)
     setattr(model, _SUMS, sums)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
-    """Choose before a step whether it is lean. Nothing to do for what FSDP splits over ranks, or in float32."""
+    """Decide before a step whether it is lean. A no-op for models that FSDP shards, or in float32."""
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
@@ -74,13 +75,13 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches:
 
 
 def copy_to_write(parameter: Tensor) -> Tensor | None:
-    """The copy of a parameter that whoever changes it may write as well, followed by `is_written`."""
+    """Return the compute copy of a parameter, which its updater may write too; it must then call `is_written`."""
     copy: Tensor | None = getattr(parameter, _COPY, None)
     return copy
 
 
 def is_written(parameter: Tensor) -> None:
-    """Note that the copy equals the parameter."""
+    """Record that the copy equals the parameter."""
     setattr(parameter, _COPIED, parameter._version)
 
 
@@ -91,7 +92,7 @@ def _casting(
     def cast_forward(*args: P.args, **kwargs: P.kwargs) -> R:
         kept = [parameters[name] for parameters, name in slots]
         copies: dict[int, Tensor] = {}
-        try:  # also around the copies: memory may run out among them
+        try:  # covers the copies too: memory may run out there
             for (parameters, name), parameter in zip(slots, kept, strict=True):
                 assert parameter is not None
                 if id(parameter) not in copies:
@@ -106,7 +107,7 @@ def _casting(
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
+    """Cast a parameter: to its persistent copy in a lean step, else to one that lives as long as the graph needs it."""
     if not parameter.requires_grad:
         return parameter.to(dtype)
     if parameter.dtype == torch.bfloat16:
@@ -122,14 +123,14 @@ def _up_to_date(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if copy is None or copy.device != parameter.device:
         copy = parameter.detach().to(dtype)
         setattr(parameter, _COPY, copy)
-    elif getattr(parameter, _COPIED) != parameter._version:  # a checkpoint was loaded, or the optimizer writes none
+    elif getattr(parameter, _COPIED) != parameter._version:  # e.g. after loading, or if the optimizer writes no copy
         copy.copy_(parameter)
     is_written(parameter)
     return copy
 
 
 class _Copy(torch.autograd.Function):
-    """Stands for a cast: the copy is there, and the gradient reaches the parameter as it is."""
+    """A cast whose result already exists. The gradient reaches the parameter in its own dtype."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, parameter: nn.Parameter, copy: Tensor) -> Tensor:
@@ -140,10 +141,10 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
         parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
         (gradient,) = gradients
-        if parameter.grad is None:  # autograd casts it
+        if parameter.grad is None:  # autograd casts it if necessary
             return gradient, None
         total, term = local_part(parameter.grad), local_part(gradient)
-        if total.dtype != torch.bfloat16:  # autograd would cast first, and add in another pass
+        if total.dtype != torch.bfloat16:  # autograd would cast first, and add in a second pass
             total.add_(term)
             return None, None
         number, step, times = getattr(parameter, _SUMMED)

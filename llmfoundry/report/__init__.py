@@ -1,1 +1,1 @@
-"""`report.html`: what a run did and what its experts do, as one page without server or network."""
+"""`report.html`: a run's curves and its experts on one page that needs neither server nor network."""

@@ -1,4 +1,4 @@
-"""What a reader should look at, in words: starving experts, collapsed routers, skipped steps, overfitting."""
+"""Alarms in words: starving experts, collapsed routers, skipped steps, overfitting."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 from llmfoundry.report.records import DEAD, Json
 
-PATIENCE = 5  # samples in a row
-CROWDED = 4.0  # times the even share
-COLLAPSED = 0.05  # of the highest possible entropy
+PATIENCE = 5  # consecutive samples
+CROWDED = 4.0  # multiple of the even share
+COLLAPSED = 0.05  # fraction of the maximum entropy
 BIASED = 1.0  # scores are between 0 and 1
-RESTLESS = 0.5  # of the tokens
+RESTLESS = 0.5  # fraction of the tokens
 
 
 def alarms(run: Json) -> list[str]:
-    """One sentence each; none if all is well.
+    """Find what needs attention; one sentence each.
 
     Args:
         run: as `records.read_run` returns it.
@@ -74,7 +74,7 @@ def _of_experts(run: Json) -> list[str]:
 
 
 def _of_router(experts: Json, at: int) -> list[str]:
-    """What a layer's bias and its last probes say."""
+    """Alarms from a layer's bias and its last probes."""
     found = []
     bias, churn = experts["bias"], experts["churn"]
     if isinstance(bias, dict):

@@ -1,4 +1,4 @@
-"""What the experts of a model do with a fixed batch of text: confidence, churn, co-activation, and their tokens.
+"""How a model's experts treat a fixed batch of text: confidence, churn, co-activation, and their tokens.
 
 Shapes: L MoE layers, T tokens of the probe, E experts, K top_k.
 """
@@ -21,7 +21,7 @@ from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router, RouterOutput
 
 TOP_TOKENS = 20
-MOST_BYTES = 4  # of a character in UTF-8
+MOST_BYTES = 4  # of a UTF-8 character
 KINDS = ("word", "word part", "number", "punctuation", "space", "other")
 
 
@@ -29,19 +29,19 @@ class Routing(NamedTuple):
     """How a model routed a batch."""
 
     experts: Tensor  # (L, T, K) int16, on the CPU
-    weights: Tensor  # (L, T, K) float32, on the CPU: what each expert's output is multiplied by
-    confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
+    weights: Tensor  # (L, T, K) float32, on the CPU: the factor on each expert's output
+    confidence: Tensor  # (L,) mean over tokens of the highest score, as a fraction of all scores
 
 
 class ExpertTokens(NamedTuple):
-    """What one expert of one layer takes."""
+    """The tokens that one expert of one layer receives."""
 
-    tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
-    kinds: list[float]  # share of each of KINDS among its slots
+    tokens: list[str]  # decoded, most typical first, at most TOP_TOKENS
+    kinds: list[float]  # fraction of its slots for each of KINDS
 
 
 def mixture_layers(config: CausalLMConfig) -> list[int]:
-    """The layers that are mixtures of experts, in the order of `Routing`."""
+    """Return the numbers of the MoE layers, in the order of `Routing`."""
     return [layer for layer in range(config.n_layers) if isinstance(config.ffn(layer), MoEConfig)]
 
 
@@ -49,12 +49,12 @@ def mixture_layers(config: CausalLMConfig) -> list[int]:
 def route(
     model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None, rows_at_once: int | None = None
 ) -> Routing:
-    """Route a batch, and keep what the routers chose. Under expert parallelism, all ranks call it with the same batch.
+    """Route a batch and record the routers' choices. Under expert parallelism, all ranks call it with the same batch.
 
     Args:
-        model: a `CausalLM`, in any mode; it is left in that mode.
+        model: a `CausalLM`, in any mode; the mode is kept.
         tokens: (B, S) int64 on the model's device.
-        rows_at_once: of a forward; None: all of them.
+        rows_at_once: rows per forward; None: all.
     """
     training, size = model.training, rows_at_once or len(tokens)
     model.eval()
@@ -81,7 +81,7 @@ def _routed(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None) -> Ro
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[list[RouterOutput]]:
-    """The outputs of all routers that run inside."""
+    """Record the outputs of all routers that run inside the block."""
     outputs: list[RouterOutput] = []
     handles = [
         router.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -96,9 +96,10 @@ def _kept(model: nn.Module) -> Iterator[list[RouterOutput]]:
 
 
 def fingerprints(experts: Tensor, n_experts: int) -> Tensor:
-    """A number for each token's set of experts, whatever their order: (L, T, K) ids -> (L, T) int32.
+    """Return a number for each token's set of experts, whatever their order: (L, T, K) ids -> (L, T) int32.
 
-    Each expert has a random number, and a set has their sum (Zobrist 1970). Two sets share one by a chance of 2^-32.
+    Each expert has a random number, and a set has the sum of its experts' numbers (Zobrist 1970). Two different sets
+    have the same number with probability 2^-32.
     """
     dice = torch.Generator().manual_seed(0)
     numbers = torch.randint(-(2**31), 2**31, (n_experts,), generator=dice)  # int64
@@ -106,18 +107,18 @@ def fingerprints(experts: Tensor, n_experts: int) -> Tensor:
 
 
 def churn(before: Tensor, now: Tensor) -> list[float]:
-    """Share of tokens whose set of experts has changed, for each layer: fingerprints (L, T), (L, T) -> L numbers."""
+    """Return the share of tokens whose set of experts has changed, per layer: fingerprints (L, T), (L, T) -> (L,)."""
     return (before != now).double().mean(1).tolist()
 
 
 def coactivation(experts: Tensor, n_experts: int) -> NDArray[np.float64]:
-    """How often two experts take the same token, beside what independent choices would give.
+    """Return how often two experts receive the same token, relative to independent choices.
 
     Args:
         experts: (T, K) ids of one layer.
 
     Returns:
-        (E, E), 1 for independent; the diagonal is 0, and so is a pair of which one expert took no token.
+        (E, E), 1 for independent choices. The diagonal is 0, as are pairs with an expert that received no token.
     """
     chosen = torch.zeros(len(experts), n_experts, dtype=torch.float64)
     chosen.scatter_(1, experts.long(), 1.0)
@@ -132,10 +133,11 @@ def coactivation(experts: Tensor, n_experts: int) -> NDArray[np.float64]:
 def tokens_of_experts(
     experts: Tensor, tokens: Tensor, n_experts: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[ExpertTokens]:
-    """What each expert of one layer takes.
+    """Find the tokens that are typical of each expert of one layer.
 
-    A token is typical of an expert when the expert has more of it than its share of all slots would give: tokens are
-    ordered by n * log(n / expected), each one's part in the divergence of the expert's tokens from all tokens.
+    A token is typical of an expert that receives it more often than the expert's share of all slots would give. Tokens
+    are ordered by n * log(n / expected), their contribution to the divergence between the expert's tokens and all
+    tokens.
 
     Args:
         experts: (T, K) ids.
@@ -163,14 +165,14 @@ def tokens_of_experts(
 
 
 def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sources: int) -> NDArray[np.float64]:
-    """How much more of each source an expert takes than its share of all slots would give.
+    """Return how often an expert receives tokens of each source, relative to the expert's share of all slots.
 
     Args:
         experts: (T, K) ids of one layer.
         sources: (T,) the source of each token.
 
     Returns:
-        (E, n_sources), 1 for an expert that does not tell sources apart; 0 where there is nothing to compare.
+        (E, n_sources), 1 for an expert that does not distinguish sources; 0 where nothing can be compared.
     """
     slots = experts.long() * n_sources + sources.unsqueeze(1)  # (T, K)
     counts = np.bincount(slots.flatten().numpy(), minlength=n_experts * n_sources).reshape(n_experts, n_sources)
@@ -179,7 +181,7 @@ def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sourc
 
 
 def kind(text: str) -> str:
-    """Which of KINDS a decoded token is."""
+    """Return the kind of a decoded token, one of KINDS."""
     bare = text.strip()
     if not bare:
         return "space"
@@ -193,15 +195,15 @@ def kind(text: str) -> str:
 
 
 def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Each token decoded by itself."""
+    """Decode each token by itself."""
     return [str(tokenizer.decode([token])) for token in tokens]
 
 
 def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token in its place; together they are the text of all.
+    """Return the text of each token; joined, they are the whole text.
 
-    A character of several tokens is the text of the last of them, and the others have none. Each token is decoded
-    after the one before it, because some tokenizers drop a space at the start.
+    A character made of several tokens belongs to the last of them, and the others have empty texts. Each token is
+    decoded after the one before it, because some tokenizers drop a leading space.
     """
     found, before, done = [], 0, 0
     for end in range(1, len(tokens) + 1):

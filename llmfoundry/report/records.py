@@ -1,7 +1,7 @@
-"""A run's files as what the report shows: curves, loads of the experts over time, and the last probe.
+"""Read a run's files for the report: curves, the experts' loads over time, and the last probe.
 
 `metrics.jsonl` has a line per step, `experts.jsonl` a line per sample of the loads, and `experts.json` the last probe;
-the `report` callback writes the last two. Long runs are thinned, so that a page stays small.
+the `report` callback writes the last two. Long runs are thinned so that the page stays small.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_n
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
-HEAT_CELLS = 150_000  # of all layers together, loads and biases
+HEAT_CELLS = 150_000  # for all layers together, loads and biases
 PROBE_POINTS = 300
-DEAD = 0.01  # of the even share: an expert with less is as good as dead
+DEAD = 0.01  # of the even share; experts below it count as dead
 
-# What is drawn, by panel: (title, unit of y, the metrics in it).
+# The panels: (title, unit of y, metrics).
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss/train/ce", "metrics/eval/LanguageCrossEntropy")),
     ("Learning rate", "", ("lr",)),
@@ -39,13 +39,13 @@ Json = dict[str, object]
 
 
 def read_run(folder: Path, newest: Json | None = None) -> Json:
-    """What the page needs of one run.
+    """Read what the page needs of one run.
 
     Args:
         newest: a line that metrics.jsonl does not have yet.
 
     Raises:
-        ConfigError: the folder holds no metrics.jsonl, or a line of it is not JSON.
+        ConfigError: if the folder has no metrics.jsonl, or one of its lines is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
@@ -83,7 +83,7 @@ def _value(path: Path) -> Json:
 
 
 def curves(metrics: list[Json]) -> dict[str, dict[str, list[float | None]]]:
-    """Each metric that a panel shows: steps and values, thinned to means of equal stretches."""
+    """Steps and values of each metric that a panel shows, thinned to means of equal ranges of steps."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for _, _, names in PANELS:
         for name in names:
@@ -107,7 +107,7 @@ def _thinned(points: list[tuple[object, object]], most: int) -> Iterable[tuple[f
 
 
 def heat(samples: list[Json]) -> Json | None:
-    """Loads over time: by layer, expert and stretch, in thousandths of the even share; and what goes with them."""
+    """Loads over time by layer, expert and range of steps, in thousandths of an even share, with their labels."""
     samples = [sample for sample in samples if isinstance(sample.get("load"), list)]
     if not samples:
         return None
@@ -139,7 +139,7 @@ def heat(samples: list[Json]) -> Json | None:
 
 
 def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
-    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null: no value."""
+    """Router biases by layer, expert and range of steps, in thousandths of the layer's largest (`scale`) or null."""
     scale, values = [], []
     for layer in range(n_layers):
         rows = [[None if at is None else at[layer][e] for at in samples] for e in range(n_experts)]  # type: ignore[index]
@@ -150,7 +150,7 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
-    """The keys whose values differ between runs, each followed by the value in every run (empty: not there)."""
+    """Return the keys whose values differ between runs, each with its value in every run (empty: not set)."""
     if len(folders) < 2:
         return []
     files = [folder / "config.yaml" for folder in folders]

@@ -1,4 +1,4 @@
-"""Which expert takes which token of a text, by layer: found, and shown as text, JSON or a page of its own.
+"""Show which expert receives which token of a text, by layer: as text, JSON or an HTML page.
 
 Shapes: L MoE layers, T tokens of the text, E experts, K top_k.
 """
@@ -23,28 +23,28 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.report.experts import mixture_layers, pieces, route
 
-GOLDEN = 0.618034  # of the circle of hues from one expert to the next: neighbours differ most
+GOLDEN = 0.618034  # fraction of the color circle between consecutive experts, so that neighbors differ most
 VISIBLE = str.maketrans({"\n": "\u23ce", "\t": "\u21e5", "\r": "\u240d"})
-COLOURS = ("truecolor", "256", "windows")  # of rich: fewer colours cannot tell experts apart
+COLOURS = ("truecolor", "256", "windows")  # of rich; other terminals have too few colors to distinguish experts
 
 
 class Xray(NamedTuple):
     """A text and its routing."""
 
     ids: list[int]  # (T,)
-    texts: list[str]  # (T,) together the text
-    layers: list[int]  # (L,) their numbers in the model
+    texts: list[str]  # (T,) which together form the text
+    layers: list[int]  # (L,) layer indices in the model
     n_experts: int
     experts: Tensor  # (L, T, K) int16, best first
     weights: Tensor  # (L, T, K) float32
 
 
 def xray(model: CausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Xray:
-    """Route a text; all ranks call it with the same one. Each `max_seq_len` tokens are read by themselves.
+    """Route a text; all ranks call it with the same text. Stretches of `max_seq_len` tokens are read separately.
 
     Args:
-        model: a mixture.
-        ids: (T,) its tokens, one at least.
+        model: a model with MoE layers.
+        ids: (T,) the text's tokens, at least one.
     """
     place, length = next(model.parameters()).device, model.config.max_seq_len
     found = [
@@ -62,9 +62,9 @@ def xray(model: CausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 
 
 def show(found: Xray, layers: Iterable[int], console: Console) -> None:
-    """Print the text once per layer, each token in the colour of its first expert.
+    """Print the text once per layer, with each token in the color of its first expert.
 
-    Where there are no colours, `[3 5]` after a token names its experts.
+    Without colors, `[3 5]` after a token names its experts.
     """
     coloured = console.color_system in COLOURS and not console.no_color
     for layer in layers:
@@ -83,20 +83,20 @@ def show(found: Xray, layers: Iterable[int], console: Console) -> None:
 
 
 def _legend(counts: Counter[int], coloured: bool) -> Iterable[Text]:
-    """Every expert that takes a token, with how many it takes."""
+    """Return the experts that receive tokens, with the number of tokens."""
     for expert, n in sorted(counts.items()):
         style = Style(color="black", bgcolor=colour(expert)) if coloured else ""
         yield Text(f"expert {expert}", style).append(f": {n}", "")
 
 
 def colour(expert: int) -> str:
-    """A light colour, as #rrggbb; those of neighbouring numbers differ."""
+    """Return a light color, as #rrggbb; experts with consecutive numbers get different ones."""
     red, green, blue = colorsys.hls_to_rgb(expert * GOLDEN % 1, 0.72 + 0.08 * (expert % 2), 0.75)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def as_json(found: Xray, layers: Iterable[int]) -> dict[str, object]:
-    """Plain data: the tokens, and by layer the experts of each with their weights, best first."""
+    """Plain data: the tokens and, by layer, each token's experts with their weights, highest first."""
     by_layer = []
     for layer in layers:
         at = found.layers.index(layer)
@@ -107,16 +107,16 @@ def as_json(found: Xray, layers: Iterable[int]) -> dict[str, object]:
 
 
 def page(found: Xray, layers: Iterable[int], title: str) -> str:
-    """The same as one HTML file, which needs no server and no network."""
+    """Return the same as one HTML file that needs neither a server nor a network."""
     data = as_json(found, layers) | {"colours": [colour(expert) for expert in range(found.n_experts)]}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("xray.html", "page.css", "xray.js")}
-    # A text that spells </script> must not end the element that it stands in.
+    # A text that contains </script> must not end the element.
     encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("</", "<\\/")
     return (
         text["xray.html"]
         .replace("TITLE", html.escape(title), 2)
         .replace("/*CSS*/", text["page.css"])
         .replace("/*PAGE*/", text["xray.js"])
-        .replace("/*DATA*/", encoded)  # last: nothing in a text is replaced
+        .replace("/*DATA*/", encoded)  # last, so that nothing in a text is replaced
     )

@@ -1,1 +1,1 @@
-"""The mixture layer by itself, for models and training loops that are not ours."""
+"""The MoE layer by itself, for other models and training loops."""

@@ -1,15 +1,15 @@
-"""MegaBlocks' layers by our kernels: its `Arguments`, `MoE`, `dMoE` and loss functions, with its call signatures.
+"""MegaBlocks' layers on our kernels: its `Arguments`, `MoE`, `dMoE` and loss functions, with its call signatures.
 
     from llmfoundry.standalone.megablocks import install
     install()                                        # before the first `import megablocks`
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import dMoE          # is the class below
 
-Shapes: S sequence, B batch, D hidden_size, F ffn_hidden_size, E experts, K top_k, T = S*B tokens. As there, a layer
-takes (S, B, D), and by default returns its output and its one bias (D) apart. State dicts have MegaBlocks' names and
-layouts, in and out. What differs, on purpose: the losses of a forward that is computed again count once; experts'
-gradients are not divided by the size of the expert-parallel group; `MoE` computes what it drops and gives it weight 0,
-and under expert parallelism its capacity is for the tokens of one rank. Modules inside a layer are ours: read and write
+Shapes: S sequence, B batch, D hidden_size, F ffn_hidden_size, E experts, K top_k, T = S*B tokens. As in MegaBlocks, a
+layer takes (S, B, D), and by default returns its output and its one bias (D) separately. State dicts have MegaBlocks'
+names and layouts, in and out. Some differences are intended: the losses of a recomputed forward count once; experts'
+gradients are not divided by the size of the expert-parallel group; `MoE` computes dropped tokens with weight 0, and
+under expert parallelism its capacity is for the tokens of one rank. Modules inside a layer are ours: read and write
 weights by `state_dict`, not as `layer.experts.mlp.w1`.
 
 Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841; names and defaults as of its version 0.10.
@@ -92,12 +92,12 @@ class Arguments:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Dtype of the parameters."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
 
 
 def from_megatron(megatron_args: object) -> Arguments:
-    """The settings that Megatron's arguments share a name with; the rest have their defaults."""
+    """Convert Megatron's arguments: settings with the same names are taken, the rest have their defaults."""
     args = Arguments()
     for setting in fields(args):
         if hasattr(megatron_args, setting.name):
@@ -111,7 +111,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _activation_name(function: Callable[[Tensor], Tensor]) -> str:
-    """Which of the activations that our kernels know a function is, by its values."""
+    """Find the known activation that a function equals, by its values."""
     probe = torch.linspace(-6, 6, 49, dtype=torch.float64)
     found = function(probe) if callable(function) else torch.full_like(probe, torch.nan)
     for name, known in _ACTIVATIONS.items():
@@ -143,14 +143,14 @@ def _refuse(args: Arguments, drops: bool) -> None:
 
 
 def _expert_group(args: Arguments) -> dist.ProcessGroup | None:
-    """Whose ranks hold the experts together."""
+    """The process group whose ranks divide the experts."""
     if not args.moe_expert_model_parallelism:
         return None
     return args.expert_parallel_group if args.expert_parallel_group is not None else dist.group.WORLD
 
 
 class _Balance(NamedTuple):
-    """What the balance loss needs of one layer's last forward in training."""
+    """What the balance loss needs of one layer's last training forward."""
 
     score_sum: Tensor  # (E,) with gradient
     load: Tensor  # (E,)
@@ -200,7 +200,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         self.register_load_state_dict_pre_hook(_to_ours)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(S, B, D) -> (S, B, D), with the bias apart if `return_bias` and there is one.
+        """(S, B, D) -> (S, B, D), with the bias separate if `return_bias` and there is one.
 
         Raises:
             ValueError: x has another width or, without autocast, another dtype than the weights.
@@ -224,7 +224,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """Initial weights by the arguments' methods, all experts' on every rank, as MegaBlocks draws them."""
+        """Draw initial weights by the arguments' methods, for all experts on every rank, as MegaBlocks does."""
         args, own = self.args, self.experts.w1.shape[0]
         first = 0 if self.expert_group is None else dist.get_rank(self.expert_group) * own
         rows = self.experts.w1.shape[1] // args.ffn_hidden_size  # 2 with a gate
@@ -242,7 +242,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
 
 
 class MoE(dMoE):
-    """MegaBlocks' mixture with a capacity: beyond `moe_capacity_factor * T * K / E` slots an expert drops tokens.
+    """MegaBlocks' mixture with a capacity: each expert drops tokens beyond `moe_capacity_factor * T * K / E` slots.
 
     With a capacity factor of 0 none are dropped. Under expert parallelism the capacity is for the tokens of one rank.
     """
@@ -282,7 +282,7 @@ def _to_theirs(module: nn.Module, state: dict[str, Tensor], prefix: str, _metada
 
 
 def _to_ours(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """The inverse of `_to_theirs`; a state dict that has our names is left as it is."""
+    """The inverse of `_to_theirs`; a state dict that has our names already is returned unchanged."""
     assert isinstance(module, dMoE)
     if f"{prefix}router.layer.weight" not in state:
         return
@@ -301,15 +301,15 @@ def _to_ours(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: objec
 
 
 def get_load_balancing_loss() -> list[tuple[Tensor, Tensor]]:
-    """(slots per expert (E,), scores (T, E)) of each layer's last forward in training.
+    """(slots per expert (E,), scores (T, E)) of each layer's last training forward.
 
-    Each row of the scores is their mean over the tokens, which is all that a balance loss takes of them.
+    Each row of the scores is their mean over the tokens, which is all that a balance loss uses.
     """
     return [(one.load, (one.score_sum / max(1, one.tokens)).expand(one.tokens, -1)) for one in _balance.values()]
 
 
 def clear_load_balancing_loss() -> None:
-    """Forget them; call it after each step, as with MegaBlocks."""
+    """Clear the recorded losses; call it after each step, as with MegaBlocks."""
     _balance.clear()
 
 
@@ -332,7 +332,7 @@ def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
 
 
 def clear_router_zloss() -> None:
-    """Forget the routers' losses; call it after each step, as with MegaBlocks."""
+    """Clear the routers' losses; call it after each step, as with MegaBlocks."""
     _zloss.clear()
 
 
@@ -350,7 +350,7 @@ def batched_router_zloss(args: Arguments) -> Tensor | float:
 
 
 def install() -> None:
-    """Let `import megablocks.layers.dmoe` and its neighbours find this module, in this process.
+    """Make `import megablocks.layers.dmoe` and its siblings find this module, in this process.
 
     Raises:
         RuntimeError: the real megablocks has been imported already.

@@ -5,7 +5,7 @@
     (task_loss(y) + loss).backward()
 
 Shapes: D d_model, F ffn hidden size, E experts, K top_k, T tokens. Settings are the keys of `ffn_config` in a YAML,
-checked in the same way; what is left out has its default there.
+with the same checks and defaults.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class MoEOutput(NamedTuple):
 
 
 def autocast_call(module: layer.MoE, x: Tensor, *args: object) -> object:
-    """A forward under autocast: all but the router in its dtype, as `nn.Linear` would be.
+    """Run a forward under autocast: all but the router in its dtype, as `nn.Linear` would.
 
     Returns:
-        What `module(x, *args)` does without autocast, of weights that are cast; gradients reach the weights.
+        The result of `module(x, *args)` without autocast, with cast weights; gradients reach the original weights.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     cast = {name: p.to(dtype) for name, p in module.named_parameters() if not name.startswith("router.")}
@@ -43,7 +43,7 @@ def autocast_call(module: layer.MoE, x: Tensor, *args: object) -> object:
 
 
 def check_input(module: layer.MoE, x: Tensor) -> None:
-    """Raise ValueError where x does not fit the weights."""
+    """Raise ValueError if x does not fit the weights."""
     w2 = module.experts.w2  # (E, D, F)
     if x.dim() < 1 or x.shape[-1] != w2.shape[1]:
         raise ValueError(f"x has the shape {tuple(x.shape)}; its last size must be d_model={w2.shape[1]}")
@@ -59,7 +59,7 @@ _OF_A_MODEL = {
 
 
 def _checked(settings: dict[str, object]) -> layer.MoEConfig:
-    """The config of one layer. Raises ConfigError for another kind of block, and for keys of a whole model."""
+    """The config of one layer. Raises ConfigError for another type of block, and for keys of a whole model."""
     settings = {"ffn_type": "moe"} | settings
     member = FFNConfig.member(settings)
     if member is None or not issubclass(member, layer.MoEConfig):
@@ -79,20 +79,20 @@ class MoE(layer.MoE):
 
     Args:
         d_model: D.
-        expert_group: its P ranks hold the experts together, rank r those from r * E / P on: every rank has the router
-            and E / P experts. None: this process has all. Gradients of the router, and of all else that ranks share,
-            are yours to sum.
-        init_std: standard deviation of the normal initial weights; biases begin at 0.
-        seed: of the initial weights. Ranks of one group must have the same.
-        device: of the parameters.
-        dtype: of the parameters. The router computes in float32 whatever it is.
+        expert_group: its P ranks divide the experts, and rank r holds E / P of them, starting at r * E / P. Every rank
+            has the router. None: this process has all experts. You must sum the gradients of the router and of all
+            other parameters that ranks share.
+        init_std: standard deviation of the normal initial weights; biases start at 0.
+        seed: seed of the initial weights. Ranks of one group must use the same.
+        device: device of the parameters.
+        dtype: dtype of the parameters. The router always computes in float32.
         settings: keys of `ffn_config`: ffn_hidden_size, moe_num_experts, moe_top_k, mlp_type, ffn_act_fn, moe_impl,
-            moe_loss_weight, shared_expert, ... `ffn_type: mb_dmoe` takes MegaBlocks' defaults. The balance loss is
-            taken over the tokens of one call. Keys that concern a whole model (first_k_dense, ...) are refused.
+            moe_loss_weight, shared_expert, ... `ffn_type: mb_dmoe` has MegaBlocks' defaults. The balance loss is
+            computed over the tokens of one call. Keys that concern a whole model (first_k_dense, ...) are refused.
 
     Raises:
-        ConfigError: a setting is unknown or impossible; the line says what to write.
-        ValueError: d_model is no size, or E does not divide among the ranks of `expert_group`.
+        ConfigError: a setting is unknown or impossible; the message says what to write.
+        ValueError: d_model is not a valid size, or E is not divisible by the number of ranks of `expert_group`.
 
     Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841.
     """
@@ -122,11 +122,11 @@ class MoE(layer.MoE):
         self._initialise(init_std, seed)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> MoEOutput:  # type: ignore[override]
-        """Apply to each token its experts.
+        """Apply the layer to each token.
 
         Args:
             x: (..., D).
-            keys: noise keys of `moe_jitter_eps`, (B,) int64 for x (B, S, D); None draws them.
+            keys: noise keys of `moe_jitter_eps`, (B,) int64 for x (B, S, D); None: random.
 
         Raises:
             ValueError: x has another width or, without autocast, another dtype than the weights.
@@ -147,7 +147,7 @@ class MoE(layer.MoE):
 
     @torch.no_grad()
     def update_expert_bias(self, load: Tensor) -> None:
-        """Move the bias by which experts are chosen (`moe_bias_update_rate`), once per step, after the optimizer.
+        """Update the bias that helps to select experts (`moe_bias_update_rate`), once per step after the optimizer.
 
         Args:
             load: (E,) slots of the whole batch: the `load` of its forwards, summed over microbatches and ranks.

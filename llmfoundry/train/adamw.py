@@ -1,12 +1,13 @@
-"""AdamW over this rank's parts of the parameters, whatever mesh they lie on: nothing is sent, and no host waits.
+"""AdamW on this rank's shards of the parameters, on any mesh, without communication and without making the host wait.
 
-`grad_scale` (gradients are divided by it) and `found_inf` (1: weights, moments and step counts stay) are attributes of
-the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
+While the optimizer steps, it has the attributes `grad_scale` (gradients are divided by it) and `found_inf` (1: weights,
+moments and step counts do not change), as torch's fused optimizers and its GradScaler expect. Both are read on the
+device.
 
-On GPUs our kernel updates the weights (kernels/update.py), on CPUs torch's fused one; weights in bfloat16 or in two
-halves (kernels/halves.py), and moments in bfloat16 or in 8 bits (kernels/eight_bit.py), are ours in both places. State
-has torch's names, so checkpoints of either are read by the other; moments of 8 bits have `exp_avg_scale` and
-`exp_avg_sq_scale` beside their codes, and weights in halves a `low_half` that checkpoints join with them.
+On GPUs our kernel updates the weights (kernels/update.py); on CPUs torch's fused optimizer does. Weights in bfloat16 or
+in two halves (kernels/halves.py), and moments in bfloat16 or 8 bits (kernels/eight_bit.py), use our code on both. State
+has torch's names, so each can load the other's checkpoints. 8-bit moments have `exp_avg_scale` and `exp_avg_sq_scale`
+beside their codes; weights in halves have a `low_half`, which checkpoints join with the weight.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SCALE = "_scale"  # after a moment's name
 
 
 class _Part(NamedTuple):
-    """What this rank holds of one parameter."""
+    """This rank's shard of one parameter."""
 
     parameter: Tensor
     weight: Tensor  # the rank's part
@@ -50,12 +51,12 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW, with weights, moments and gradients in float32 or bfloat16.
 
     Args:
-        params: groups; parameters may be plain tensors or DTensors of any meshes.
-        state_dtype: of the moments; None: that in which each parameter's step is computed.
-        halves: whether parameters in bfloat16 are the high halves of float32 weights, and the state has the low ones.
+        params: parameter groups; parameters may be plain tensors or DTensors on any meshes.
+        state_dtype: dtype of the moments; None: the dtype in which each parameter's step is computed.
+        halves: whether bfloat16 parameters are the high halves of float32 weights, whose low halves are in the state.
 
     Attributes:
-        noise_seed: what rounding at random depends on, beside the step and a value's place.
+        noise_seed: seed of stochastic rounding, which also depends on the step and a value's position.
     """
 
     reads_any_gradient = True
@@ -99,14 +100,14 @@ class AdamW(torch.optim.AdamW):
                     None if skip is None else skip.to(place))  # fmt: skip
 
     def _number_parameters(self) -> None:
-        """Settle once where the parts stand in their wholes: finding it is slow."""
+        """Compute once where the shards are in their full tensors, because that is slow."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(self._places) != len(parameters):
             for number, parameter in enumerate(parameters):
                 self._places[parameter] = place_of(parameter, number, self.noise_seed)
 
     def _parts(self, parameters: list[Tensor], eight_bit: bool) -> Iterable[list[_Part]]:
-        """This rank's parts, by what one launch can take together."""
+        """This rank's shards, grouped by what one kernel launch can handle together."""
         found: dict[tuple[object, ...], list[_Part]] = {}
         for parameter in parameters:
             if parameter.grad is None:
@@ -121,7 +122,7 @@ class AdamW(torch.optim.AdamW):
         return found.values()
 
     def _state_of(self, parameter: Tensor, names: tuple[str, ...], eight_bit: bool = False) -> list[Tensor]:
-        """Its step count, and this rank's part of its moments; made, or cast to what is asked for, where needed."""
+        """The step count and this rank's shard of the moments; created, or cast to the requested dtype, if needed."""
         state = self.state[parameter]
         kept = [name + end for name in names for end in ("", _SCALE)] + [LOW_HALF] * self.halves
         for key in state.keys() - {"step", *kept}:  # of another optimizer
@@ -157,10 +158,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def beside_weight(parameter: Tensor, state: dict[str, Tensor] | None) -> Tensor | None:
-    """What an update of a parameter reads or writes beside it, this rank's part: its copy, its low half, or nothing.
+    """The tensor that an update reads or writes beside a weight: its copy, its low half, or None; this rank's shard.
 
     Args:
-        state: of the parameter, where its low half is kept; None: none is.
+        state: the parameter's state, which holds its low half; None: it has no low half.
     """
     if state is None or parameter.dtype != torch.bfloat16:
         return copy_to_write(parameter)
@@ -170,18 +171,18 @@ def beside_weight(parameter: Tensor, state: dict[str, Tensor] | None) -> Tensor 
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype the step of a weight is computed."""
+    """The dtype in which the step of a weight is computed."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def place_of(parameter: Tensor, number: int, seed: int) -> Place:
-    """Where this rank's part of a parameter stands; the number says which random bits it has in a run with a seed."""
+    """The position of this rank's shard in its full tensor, and the parameter's number for stochastic rounding."""
     shard = local_shard(parameter)
     return Place.of(seed_of("rounding", seed, number) % 2**31, shard.local.shape, shard.shape, shard.offsets)
 
 
 def moment(state: Mapping[str, Tensor], key: str) -> Tensor:
-    """A moment of a parameter's state, out of its codes where it has 8 bits."""
+    """One moment of a parameter's state, decoded if it is stored in 8 bits."""
     kept = state[key]
     if key + _SCALE not in state:
         return kept
@@ -189,11 +190,11 @@ def moment(state: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 class DecoupledAdamW(AdamW):
-    """AdamW under the name that Composer's metrics have."""
+    """AdamW under the name that Composer's metrics use."""
 
 
 def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
-    """One step of parts that are alike."""
+    """One step of shards that share a kernel launch."""
     beta1, beta2 = group["betas"]
     rule = Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
@@ -228,7 +229,7 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
 
 
 def _note(parts: list[_Part]) -> None:
-    """The copies equal the weights."""
+    """Record that the copies equal the weights."""
     for part in parts:
         if copy_to_write(part.parameter) is not None:
             is_written(part.parameter)

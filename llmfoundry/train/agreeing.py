@@ -1,17 +1,13 @@
-"""What all ranks of a run agree on at the end of each step: whether to stop, and what time it is."""
+"""What all ranks of a run agree on at the end of each step: whether to stop, and the time."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
-
 from llmfoundry import runtime, stopping
 from llmfoundry.train.clock import Countdown
-from llmfoundry.train.duration import seconds_of
 from llmfoundry.train.run import ASKED, TIME_LIMIT, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.watchdog import Watchdog
@@ -28,11 +24,9 @@ class AgreeingRun(Run):
     countdown: Countdown = field(default_factory=lambda: Countdown(None))
     agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
     stopping: bool = False  # all ranks have agreed to stop
-    warm: bool = False  # this process has taken a step
-    froze: bool = False  # objects, for the garbage collector
 
     def on_signal(self, number: int) -> None:
-        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
+        """Handle a signal: finish the step or evaluation batch, save and stop; a second signal ends at once."""
         log.warning(
             "%s: finishing this step, then saving to %s (send it again to quit at once)",
             stopping.name(number), self.config.save_folder,
@@ -40,9 +34,9 @@ class AgreeingRun(Run):
         self.asked = number
 
     def agree(self) -> float:
-        """Agree with all ranks on whether to stop, from now on in `stopping`; returns the time by rank 0's clock.
+        """Agree with all ranks on whether to stop (`stopping`); returns the time by rank 0's clock.
 
-        A signal counts from when all ranks look next. It is one reduction: nothing else is waited for.
+        A signal takes effect at the next agreement. It is one reduction, and the only wait.
         """
         asked, seconds = float(self.asked), 0.0
         self.watchdog.phase("agreeing on whether to stop")
@@ -56,19 +50,6 @@ class AgreeingRun(Run):
             self.stopping = True
             self._say_why(int(asked))
         return seconds
-
-    def warmed_up(self) -> None:
-        """The first step has compiled and connected; no later one takes that long."""
-        seconds = seconds_of(self.config.step_timeout)
-        if seconds is not None and not self.warm and dist.is_initialized():
-            runtime.set_timeout(seconds)
-        if not self.warm and not gc.get_freeze_count():  # else this process has seen to it before the run
-            # Python's garbage collector need not look again through the 400,000 objects that are there by now and stay:
-            # a full collection of them stops a rank, and all that wait for it, for a good part of a second.
-            gc.collect()
-            gc.freeze()
-            self.froze = True
-        self.warm = True
 
     def _say_why(self, asked: int) -> None:
         if asked == TIME_LIMIT and self.countdown.limit is not None:

@@ -1,12 +1,13 @@
-"""What a run does about numbers that are not finite: name the weight or the rows, skip, and say when it is hopeless.
+"""Handle values that are not finite: name the weight or the rows, skip the step, and end a run that is hopeless.
 
-A gradient that is not finite changes nothing (step.py): the step is skipped, on every rank alike. Then all ranks look
-for the cause: a weight that is not finite ends the run at once, for no later step can repair it; else the rows of the
-batch are written to `skipped.jsonl`, with those whose own loss is not finite.
+A gradient that is not finite changes nothing (step.py): every rank skips the step. Then all ranks look for the cause. A
+weight that is not finite ends the run at once, because no later step can repair it. Otherwise the rows of the batch are
+written to `skipped.jsonl`, with those whose own loss is not finite.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from llmfoundry.train.loss import Loss
 from llmfoundry.train.outputs import SKIPPED
 from llmfoundry.train.run import Run
 
-NOT_FINITE, SPIKE = "the gradient is not finite", "the loss is too high"
+log = logging.getLogger(__name__)
+
 NAMED = 16  # rows of a rank in a record
 DAMAGED = "the weights are damaged, and only an older checkpoint helps"
 
@@ -34,11 +36,37 @@ class BadRow(NamedTuple):
     rank: int
 
 
+def note_update(run: Run, batch: Batch, objective: Loss, updated: bool, finite: bool) -> dict[str, object] | None:
+    """Count whether the last step of `run` changed the weights; if not, look for the cause.
+
+    Args:
+        batch: this rank's rows of the step.
+        finite: whether the gradient was finite; if so, the loss was too high.
+
+    Returns:
+        A line for skipped.jsonl if the update was skipped.
+
+    Raises:
+        RunError: a weight is not finite.
+    """
+    state = run.state
+    state.skipped_steps += not updated
+    state.skipped_in_a_row = 0 if updated else state.skipped_in_a_row + 1
+    if updated:
+        return None
+    why, bad = "the loss is too high", []
+    if not finite:
+        _check_weights(run)
+        why, bad = "the gradient is not finite", _bad_rows(run, batch, objective)
+    log.warning("step %d: %s; the update was skipped; its rows are in %s", state.step, why, SKIPPED)
+    return record(state.step, why, state.rows - run.config.global_train_batch_size, state.rows, bad)
+
+
 @torch.no_grad()
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; all ranks together, each for its own parts.
+    """The name of the first tensor with a value that is not finite. All ranks call this, each for its shards.
 
-    Nothing is copied. The host waits once, and once more where a sum is not finite: sums are fast, and may overflow.
+    Nothing is copied. The host waits once, and once more if a sum is not finite: sums are fast, but may overflow.
     """
     own = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
     own = {name: part for name, part in own.items() if part.is_floating_point() and part.numel()}
@@ -54,11 +82,11 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return names[int(least)] if least < len(names) else None
 
 
-def check_weights(run: Run) -> None:
-    """Look at every weight and optimizer state; all ranks together. (A save looks by itself.)
+def _check_weights(run: Run) -> None:
+    """Check every weight and optimizer state; all ranks together. (Saves check by themselves.)
 
     Raises:
-        RunError: naming the first that is not finite.
+        RunError: names the first one that is not finite.
     """
     name = first_not_finite(model_tensors(run.model) | optimizer_tensors(run.model, run.optimizer))
     if name is not None:
@@ -68,8 +96,8 @@ def check_weights(run: Run) -> None:
 
 
 @torch.no_grad()
-def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
-    """The rows of a batch whose own loss is not finite: one more forward, of all ranks together."""
+def _bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
+    """The rows of a batch whose own loss is not finite, found by another forward of all ranks together."""
     own: list[int] = []
     for micro in objective.microbatches(batch, run.microbatches.rows):
         nats = objective.forward(run.model, micro).nats
@@ -81,25 +109,25 @@ def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
 
 
 def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict[str, object]:
-    """A line of skipped.jsonl: which rows of the run were left out, and why.
+    """A line of skipped.jsonl: which rows of the run were skipped, and why.
 
     Args:
-        step: after which the run goes on behind them.
-        first: the first of the rows.
+        step: the step after which the run continues behind them.
+        first: the first row.
         end: the row after the last.
     """
     return {"step": step, "why": why, "rows": [first, end - 1], "not_finite": [each._asdict() for each in bad]}
 
 
 class Hopeless(NamedTuple):
-    """Why a run with this many skipped steps has to stop."""
+    """Why a run with this many skipped steps must stop."""
 
     why: str  # and what to do
     save: bool  # whether a restart goes on from here, behind the rows
 
 
 def hopeless(run: Run) -> Hopeless | None:
-    """Whether too many steps were skipped: in a row, or in all."""
+    """Check whether too many steps were skipped, in a row or in total."""
     state, allowed, share = run.state, run.config.max_skipped_steps, run.config.max_skipped_share
     total = min(run.timeline.total_steps, run.timeline.expected_steps(state.step) or state.step)
     if state.skipped_steps > max(allowed, share * total):

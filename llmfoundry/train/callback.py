@@ -1,7 +1,7 @@
-"""What may watch a run, and when it is called.
+"""The interface of callbacks, and when each hook is called.
 
-Monitors add to the metrics of a step; loggers read them; everything else (export, profiling) is a callback as well.
-A callback is a config with a class: adding one touches one file in callbacks/ and the YAML.
+Monitors add to the metrics of a step, loggers write them, and everything else (export, profiling) is a callback as
+well. A callback is a config with a class: adding one touches one file in callbacks/ and the YAML.
 """
 
 from __future__ import annotations
@@ -15,44 +15,47 @@ __all__ = ["AtIntervals", "Callback", "CallbackConfig", "Json", "LoggerConfig", 
 
 
 class Callback:
-    """Hooks of a run, all optional. They run on every rank, in the order of the YAML, monitors before loggers;
-    `fit_end` runs in the reverse order, as with-blocks end."""
+    """Hooks of a run, all optional.
+
+    They run on every rank, in the order of the YAML, monitors before loggers; `fit_end` runs in the reverse order, as
+    with-blocks end.
+    """
 
     def fit_start(self, trainer: Run) -> None:
-        """Everything is built and loaded; the first step comes next."""
+        """Called when everything is built and loaded, before the first step."""
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        """A step is complete; or, as step 0, the evaluation before the first one.
+        """Called after each step and, as step 0, after the evaluation before the first step.
 
-        Monitors add to `metrics`, loggers write them; this is called once per step.
+        Monitors add to `metrics`, and loggers write them; this is called once per step.
         """
 
     def table(self, trainer: Run, table: Table) -> None:
-        """A callback has made a table at this step; loggers write it."""
+        """Called when a callback has made a table in this step; loggers write it."""
 
     def state_dict(self) -> dict[str, Json]:
-        """What a checkpoint keeps of this callback; the same on every rank."""
+        """The state that a checkpoint keeps of this callback; the same on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
-        """Take up what `state_dict` gave, before `fit_start`; not called where there is no such state."""
+        """Restore what `state_dict` returned, before `fit_start`; not called if there is no such state."""
 
     def fit_end(self, trainer: Run) -> None:
-        """The last checkpoint is safe."""
+        """Called when the last checkpoint is saved."""
 
     def close(self) -> None:
-        """Release terminals and files: called last in any case, also after an error."""
+        """Release terminals and files; always called last, also after an error."""
 
 
 class AtIntervals(Callback):
-    """A callback that acts every so often, and after the last step, whichever step that turns out to be."""
+    """A callback that acts at an interval, and after the last step, whichever step that is."""
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
         self._last = -1  # the step of the newest time
 
     def act(self, trainer: Run) -> None:
-        """What is done; every rank calls this."""
+        """The action; every rank calls this."""
         raise NotImplementedError
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

@@ -1,7 +1,7 @@
-"""Time that a run has trained, and time that it has left: the same on every rank, for rank 0's clock counts.
+"""The time that a run has trained and has left, the same on every rank because only rank 0's clock counts.
 
-No rank acts on its own clock. Rank 0 puts what its clock says into the one small reduction by which ranks agree, at
-the end of each step, on whether to stop; decisions about time are made from that.
+No rank acts on its own clock. Rank 0 adds its time to the one small reduction by which ranks agree, at the end of each
+step, on whether to stop. Decisions about time are based on that.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SLOWER = 1.5  # how much longer than the longest save so far the last one may ta
 
 
 class Clock:
-    """Seconds from the first step on, evaluations and saves included; a resumed run goes on where it was.
+    """Seconds from the first step, including evaluations and saves; a resumed run continues from the saved value.
 
     Attributes:
         seconds: at the end of the last step, as all ranks have agreed.
-        before: the same of the step before.
+        before: the same for the step before.
     """
 
     def __init__(self) -> None:
@@ -36,35 +36,35 @@ class Clock:
         self._origin: float | None = None  # of the monotonic clock
 
     def start(self) -> None:
-        """Let the time run."""
+        """Start the clock."""
         self._origin = time.monotonic() - self.seconds
 
     def own(self) -> float:
-        """What this process's clock says now."""
+        """The time by this process's clock."""
         return self.seconds if self._origin is None else time.monotonic() - self._origin
 
     def tick(self, agreed: float) -> None:
-        """Take over what the ranks agreed on; once per step."""
+        """Take over the time that the ranks agreed on; called once per step."""
         self.before, self.seconds = self.seconds, max(self.seconds, agreed)
 
     def set(self, before: float, seconds: float) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.before, self.seconds, self._origin = before, seconds, None
 
 
 class Limit(NamedTuple):
-    """When this process has to be gone."""
+    """The time by which this process must have ended."""
 
     at: float  # of the monotonic clock
     why: str
 
 
 def find_limit(seconds: float | None, environment: Mapping[str, str] = os.environ) -> Limit | None:
-    """The time at which this process must have ended.
+    """Determine when this process must have ended.
 
     Args:
-        seconds: `time_limit`, from the start of the process; None leaves it to Slurm, 0 means no limit.
-        environment: where Slurm says when it ends the job.
+        seconds: `time_limit`, from the start of the process; None: Slurm's limit; 0: no limit.
+        environment: contains Slurm's end of the job.
     """
     limits = []
     if seconds == 0:
@@ -78,7 +78,7 @@ def find_limit(seconds: float | None, environment: Mapping[str, str] = os.enviro
 
 
 class Countdown:
-    """Whether it is time to stop, so that a last save still fits before the limit. Only rank 0's answer counts."""
+    """Decides when to stop so that a last save fits before the limit. Only rank 0's answer counts."""
 
     def __init__(self, limit: Limit | None) -> None:
         self.limit = limit
@@ -91,14 +91,14 @@ class Countdown:
             log.info("%s is in %.0f seconds; the run will stop in time to save", limit.why, left)
 
     def step_begins(self) -> None:
-        """Time the next step or evaluation batch from here on: a save came before it, which counts apart."""
+        """Start timing the next step or evaluation batch; called after a save, which is timed separately."""
         self._last = time.monotonic()
 
     def over(self, longest_save: float) -> bool:
-        """Whether another step or evaluation batch, and then a save, would not fit; asked at the end of each.
+        """Whether another step or evaluation batch, and then a save, would not fit; called at the end of each.
 
         Args:
-            longest_save: seconds that a save has taken until it was on disk; 0 before the first.
+            longest_save: seconds that the slowest save took until it was on disk; 0 before the first.
         """
         now = time.monotonic()
         self._longest_step, self._last = max(self._longest_step, now - self._last), now

@@ -1,7 +1,7 @@
-"""The whole YAML as one type: read this to know every key that a run has.
+"""The whole YAML as one type: it contains every key of a run.
 
-The words are LLM Foundry v0.22's where the idea is unchanged. What belongs to one part (a model, an optimizer, a
-callback) is described where that part is built.
+Keys are LLM Foundry v0.22's if the idea is unchanged. Settings of one part (a model, an optimizer, a callback) are
+defined where that part is built.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.hf.module import TransformersConfig
+from llmfoundry.layers.lora import LoRAConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.private import FromEnvironment, disclosed
@@ -49,10 +50,10 @@ Precision = Literal["fp32", "amp_bf16", "amp_fp8"]
 
 
 def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precision:
-    """What a key `precision` means on a kind of device.
+    """What the key `precision` means on a kind of device.
 
     Raises:
-        ConfigError: it was asked for and is not to be had there.
+        ConfigError: the requested precision is not available there.
     """
     if asked == "auto":
         return "amp_bf16" if device_type == "cuda" else "fp32"
@@ -62,15 +63,15 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
 
 
 def inference_precision(precision: Precision) -> Precision:
-    """What a model that is not trained computes in: in bfloat16 where the run had 8-bit products."""
+    """The precision of inference: bfloat16 if the run trained with 8-bit products."""
     return "amp_bf16" if precision == "amp_fp8" else precision
 
 
 def place(path: str) -> str:
-    """A folder of this machine, or a URL of a store.
+    """A local folder, or a URL in a store.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
 
@@ -81,27 +82,27 @@ Place = Annotated[str, AfterValidator(place)]
 class GradientClipping(Config):
     """`algorithms.gradient_clipping`: scale all gradients so that their global L2 norm stays below a threshold."""
 
-    clipping_type: Literal["norm"] = "norm"  # of the global L2 norm
-    clipping_threshold: float = Field(1.0, gt=0)  # the largest norm that is left as it is
+    clipping_type: Literal["norm"] = "norm"  # clip by the global L2 norm
+    clipping_threshold: float = Field(1.0, gt=0)  # maximum norm
 
 
 class Algorithms(Config):
-    """What is done to the gradients between backward and update."""
+    """What happens to the gradients between backward and update."""
 
     gradient_clipping: GradientClipping | None = None  # None: gradients are not clipped
 
 
 class CallbackConfig(Choice, tag="name"):
-    """Root of the family of monitors and other callbacks: the YAML's `callbacks`."""
+    """Base of the monitors and other callbacks: the YAML's `callbacks`."""
 
     name: str  # in a YAML, the key under callbacks
 
     def build(self) -> object:
-        """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
+        """Build the `Callback`, before there is a trainer and before data is prepared: mistakes are refused here."""
         raise NotImplementedError
 
     def check_run(self, run: RunConfig) -> None:
-        """Refuse a run that this callback cannot watch, before anything is written; raises ConfigError."""
+        """Refuse a run that this callback cannot work with, before anything is written; raises ConfigError."""
 
 
 def _one_rank_logs(value: bool) -> bool:
@@ -114,12 +115,12 @@ RankZeroOnly = Annotated[bool, AfterValidator(_one_rank_logs)]  # a key of Compo
 
 
 class LoggerConfig(Choice, tag="name"):
-    """Root of the family of destinations for metrics: the YAML's `loggers`."""
+    """Base of the loggers: the YAML's `loggers`."""
 
     name: str  # in a YAML, the key under loggers
 
     def build(self) -> object:
-        """The logger, as `CallbackConfig.build`."""
+        """Build the logger, as `CallbackConfig.build`."""
         raise NotImplementedError
 
 
@@ -161,100 +162,105 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    metadata: dict[str, str | int | float | bool | None] = {}  # of yours: kept in config.yaml, and given to loggers
-    run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    # Your own values, kept in config.yaml and given to loggers
+    metadata: dict[str, str | int | float | bool | None] = {}
+    # Name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    run_name: str | None = None
     code_paths: list[str] = []  # Python files that register plug-ins
-    seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout
+    seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, data order and dropout
     max_seq_len: int = Field(gt=0, le=2**31)  # tokens per row
 
     model: ModelConfig
     tokenizer: TokenizerConfig
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None  # text to evaluate on; a list is read as eval_loaders
-    eval_loaders: list[LoaderConfig] = []  # more of them, each with a label: metrics/eval/LABEL/...
+    eval_loaders: list[LoaderConfig] = []  # several loaders, each with a label: metrics/eval/LABEL/...
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
-    algorithms: Algorithms = Algorithms()  # what is done to the gradients
-    # The length of the run; as a time by the clock (2h) that of all its processes, from the first step on
+    loss: LossConfig = CrossEntropyConfig()  # the default, or {name: dpo, beta: 0.1} on preferences
+    algorithms: Algorithms = Algorithms()  # gradient clipping
+    # Length of the run. A wall-clock time (2h) counts all processes of the run, from the first step.
     max_duration: Duration
-    # When this process ends at the latest: the run stops in time to save, and the same command continues it. None: at
-    # the end of the Slurm job, if there is one; 0s: no limit
+    # Latest end of this process: the run stops early enough to save, and the same command continues it. None: the end
+    # of the Slurm job, if there is one; 0s: no limit.
     time_limit: ClockTime | None = None
     global_train_batch_size: int = Field(gt=0, le=2**31)  # rows per step, over all ranks
-    # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
+    # Rows per forward; need not divide the rank's rows. auto: all of the rank's rows, halved as long as they do not
+    # fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    max_skipped_steps: int = Field(
-        10, ge=0
-    )  # updates skipped in a row (gradient not finite, loss too high) before an end
-    max_skipped_share: float = Field(
-        0.1, ge=0, le=1
-    )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
+    # Maximum consecutive skipped updates (gradient not finite, loss too high) before the run ends
+    max_skipped_steps: int = Field(10, ge=0)
+    # Maximum share of skipped steps, beyond max_skipped_steps; above it the run fails (exit code 1)
+    max_skipped_share: float = Field(0.1, ge=0, le=1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
-    eval_first: bool = False  # also before the first step, as step 0
-    # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
+    eval_first: bool = False  # also evaluate before the first step, as step 0
+    # Number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
     eval_subset_num_batches: int = 256
-    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows
-    # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
+    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows per forward in evaluation
+    # In-context learning tasks to run at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that contains
+    # one.
     icl_tasks: list[TaskConfig] = []
-    eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one
-    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
-    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
+    # Summary of the tasks: icl/metrics/eval_gauntlet/NAME. A block, or a file that contains one.
+    eval_gauntlet: GauntletConfig | None = None
+    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples; longer ones lose their beginning
+    # Batches per task, over all ranks together; None or -1: all
+    icl_subset_num_batches: int | None = Field(None, ge=-1)
 
     # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply
-    # 8-bit floats (e4m3), with a scale for each row; it needs a GPU of compute capability 9.0 (Hopper) or later
+    # 8-bit floats (e4m3) with one scale per row; needs a GPU of compute capability 9.0 (Hopper) or later.
     precision: Precision | Literal["auto"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
-    dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
-    # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
-    # others wait, such as an export, has to fit
+    dist_timeout: float = Field(600.0, gt=0)  # seconds after which a collective fails that some rank has not joined
+    # The same after the first step, which compiles and connects; None: dist_timeout. It must cover what one rank does
+    # alone while others wait, such as an export.
     step_timeout: ClockTime | None = None
-    # Without a step, evaluation batch or save for so long, each rank writes its stacks to hang-rank-N.txt and exits
-    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, else (first step, saves, callbacks) 30min
+    # If no step, evaluation batch or save ends for this long, each rank writes its stacks to hang-rank-N.txt and exits
+    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, otherwise (first step, saves, callbacks)
+    # 30min.
     hang_timeout: ClockTime | None = None
 
-    # A folder, or a URL of a store (s3://, gs://, hf://, ...) to upload to beside training; `{run_name}` is filled in
+    # a folder, or a URL in a store (s3://, gs://, hf://, ...) to upload to; `{run_name}` is filled in
     save_folder: Place
-    save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
-    save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
-    keep_every: Duration = Duration.parse("0ba")  # also saved, and never deleted; 0ba: none
-    # A thread writes, and uploads, while the next steps run; auto: on GPUs, and to a store
+    save_interval: Duration = Duration.parse("1ep")  # interval between checkpoints; 0ba: only at the end
+    save_num_checkpoints_to_keep: int = -1  # number of newest checkpoints to keep; -1: all
+    keep_every: Duration = Duration.parse("0ba")  # interval of additional checkpoints that are never deleted; 0ba: none
+    # a thread writes and uploads while the next steps run; auto: on GPUs, and to a store
     save_async: bool | Literal["auto"] = "auto"
-    save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
-    save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
+    save_failures_allowed: int = Field(3, ge=0)  # number of consecutive failed saves before the run stops with an error
+    save_frozen_weights: bool = False  # with model.lora: also save the frozen weights that load_path provided
     autoresume: bool = False  # continue from the newest checkpoint in save_folder, if there is one
-    # A checkpoint of ours, in a folder or at a URL; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt
-    # or sharded folder
+    # A checkpoint in a folder or at a URL. For weights only, also hf:<folder or hub id>, or Composer's FILE.pt or
+    # sharded folder.
     load_path: str | None = None
-    load_weights_only: bool = False  # start a new run from its weights instead of continuing it
-    # What may differ from the checkpoint although it changes what its state means: tokenizer, data, or full keys, e.g.
-    # [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the first.
+    load_weights_only: bool = False  # start a new run from the checkpoint's weights instead of continuing its run
+    # What may differ from the checkpoint although it changes the meaning of its state: tokenizer, data, or full keys,
+    # e.g. [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the
+    # first.
     load_allow: list[str] = []
 
-    # Monitors and more, {NAME: {its keys}}; a body may be empty.
+    # Monitors and other callbacks, {NAME: {keys}}; the keys may be left out.
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
-    # Where metrics go besides metrics.jsonl, {NAME: {its keys}}
-    loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]
-    progress_bar: bool = True  # on a terminal, a live view below the lines; false: lines alone
-    log_to_console: bool = True  # false: no lines and no view
-    console_log_interval: Duration = Duration.parse("1ba")  # between two lines
+    loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]  # Loggers besides metrics.jsonl, {NAME: {keys}}
+    progress_bar: bool = True  # on a terminal, show a live view below the lines; false: only lines
+    log_to_console: bool = True  # false: print neither lines nor the live view
+    console_log_interval: Duration = Duration.parse("1ba")  # interval between lines
 
     _environment: dict[str, FromEnvironment] = PrivateAttr(default_factory=dict)
 
     def remember(self, environment: dict[str, FromEnvironment]) -> None:
-        """Keep in mind which values of the YAML came from the environment, by dotted path."""
+        """Record which values of the YAML came from the environment, by dotted path."""
         self._environment = environment
 
     def disclosed(self) -> dict[str, object]:
-        """All settings as plain data that may be written: without secrets (private.py)."""
+        """All settings as plain data without secrets (private.py), so that they may be written."""
         return disclosed(dump(self), self._environment)
 
     @model_validator(mode="before")
     @classmethod
     def _several_evaluations(cls, data: object) -> object:
-        """LLM Foundry writes a list under eval_loader."""
+        """Accept a list under eval_loader, as LLM Foundry writes it."""
         if not isinstance(data, dict) or not isinstance(data.get("eval_loader"), list):
             return data
         rest = {key: value for key, value in data.items() if key != "eval_loader"}
@@ -263,7 +269,7 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_run(cls, data: Any) -> Any:
-        """Fill `{run_name}` into the paths of a run, and name a run without a name after its folder."""
+        """Fill `{run_name}` into the paths of a run; a run without a name is named after its folder."""
         if not isinstance(data, dict):
             return data
         folder = data.get("save_folder")
@@ -311,7 +317,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _base_is_quantized(self) -> Self:
-        lora = getattr(self.model, "lora", None)
+        lora = self.lora
         if lora is None or lora.quantize is None:
             return self
         if self.load_path is None:
@@ -324,7 +330,7 @@ class RunConfig(Config):
     def _products_are_known(self) -> Self:
         if self.precision != "amp_fp8":
             return self
-        if getattr(self.model, "lora", None) is not None:
+        if self.lora is not None:
             raise ValueError("precision: amp_fp8 with model.lora is not supported; write amp_bf16")
         if isinstance(self.model, TransformersConfig):
             raise ValueError("precision: amp_fp8 does not reach modules of transformers; write amp_bf16")
@@ -343,7 +349,7 @@ class RunConfig(Config):
                 "eval_loader: preferences are for training; evaluate on the chosen answers as finetuning data, with "
                 "preprocessing_fn: {response: chosen}"
             )
-        if self.loss.pairs and getattr(self.model, "lora", None) is None:
+        if self.loss.pairs and self.lora is None:
             if self.load_path is None:
                 raise ValueError(
                     f"loss={self.loss.name} needs load_path, whose weights are the reference, or model.lora"
@@ -375,7 +381,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _datasets_paired(self) -> Self:
-        """Write out what each dataset holds out, which depends on the other: config.yaml then says what was read."""
+        """Resolve what each dataset holds out, which depends on the other, so that config.yaml records it."""
         train, evaluations = self.train_loader, self.evaluations
         one, others = paired_run(train.dataset, [part.dataset for part in evaluations])
         update: dict[str, object] = {"train_loader": train.model_copy(update={"dataset": one})}
@@ -386,11 +392,16 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> Path:
-        """Where the run writes on this machine: `save_folder`, or of one in a store a folder on the way there."""
+        """The local folder of the run: `save_folder` or, for a run in a store, a folder whose files are uploaded."""
         if not is_url(self.save_folder):
             return Path(self.save_folder)
         digest = hashlib.sha256(self.save_folder.rstrip("/").encode()).hexdigest()[:16]
         return runtime.cache_root() / "runs" / digest / PurePosixPath(self.save_folder).name
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters of the model, if it is of a kind that has them."""
+        return getattr(self.model, "lora", None)
 
     @property
     def evaluations(self) -> list[LoaderConfig]:
@@ -399,21 +410,20 @@ class RunConfig(Config):
 
     @property
     def due_evaluations(self) -> list[LoaderConfig]:
-        """The same if an evaluation is ever due: else their data is not needed."""
+        """The same if an evaluation is ever due; otherwise their data is not needed."""
         return self.evaluations if self.eval_first or self.eval_interval.value > 0 else []
 
     @property
     def loaders(self) -> dict[str, LoaderConfig]:
-        """What the run reads, by where it stands in the YAML."""
+        """All loaders of the run, by their place in the YAML."""
         due = {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in self.due_evaluations}
         return {"train_loader": self.train_loader} | due
 
     def precision_on(self, device_type: str) -> Precision:
-        """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
+        """The run's precision on a kind of device; raises ConfigError if it is not available there."""
         return precision_on(self.precision, device_type)
 
     def optimizer_on(self, device_type: str) -> OptimizerConfig:
-        """The optimizer of the run on a kind of device, with `master_weights: auto` decided."""
-        adapted = getattr(self.model, "lora", None) is not None
+        """The run's optimizer on a kind of device, with `master_weights: auto` resolved."""
         half = self.precision_on(device_type) != "fp32"
-        return self.optimizer.decided(half and not adapted and not self.parallel.cpu_offload)
+        return self.optimizer.decided(half and self.lora is None and not self.parallel.cpu_offload)

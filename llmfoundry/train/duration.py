@@ -1,11 +1,11 @@
 """Lengths of training as strings: `10ba` (steps), `1ep`, `5e6tok`, `100sp` (rows), `0.1dur` (of the run), `2h`.
 
-A `Duration` is what the YAML says. A `Timeline` knows what one step holds and turns every duration into
-steps, once, when the loader is known; from then on the run counts steps and nothing else. The arithmetic is
-in fractions, so that `0.1dur` of 30 steps is 3 steps and not 4.
+A `Duration` is what the YAML says. A `Timeline` knows the size of a step and converts every duration into steps, once,
+when the loader is known; from then on the run only counts steps. It computes with fractions, so that `0.1dur` of 30
+steps is 3 steps and not 4.
 
-Wall-clock time (`2h`, `30min`, `90s`) cannot be turned into steps. A run whose `max_duration` is such a time counts
-milliseconds where others count steps; an interval is due at the first step after its time by the `Clock`.
+Wall-clock time (`2h`, `30min`, `90s`) cannot be converted into steps. If `max_duration` is such a time, the run counts
+milliseconds instead of steps; an interval is due at the first step after its time by the `Clock`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECONDS = {"h": 3600, "min": 60, "s": 1}
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: a number of one unit. As a field of a config it is its string."""
+    """A length of training: a number of one unit. In a config it is written as its string."""
 
     value: Fraction
     unit: Unit
@@ -40,7 +40,7 @@ class Duration:
 
     @classmethod
     def parse(cls, text: object) -> Duration:
-        """Read a time string.
+        """Parse a time string.
 
         Raises:
             ValueError: `text` is not a duration. Neither is a plain number, which has no unit.
@@ -60,7 +60,7 @@ class Duration:
 
     @property
     def seconds(self) -> Fraction | None:
-        """Of a wall-clock time; None for any other."""
+        """Seconds of a wall-clock time; None for other units."""
         return self.value * _SECONDS[self.unit] if self.unit in _SECONDS else None
 
     def __str__(self) -> str:
@@ -97,15 +97,15 @@ Interval = Annotated[Duration, BeforeValidator(_of_epochs)]  # where Composer ta
 
 @dataclass(frozen=True)
 class Timeline:
-    """What one step holds, and how many steps the run has: what turns durations into steps.
+    """Converts durations into steps.
 
     Attributes:
         rows_per_step: rows of the global batch.
         tokens_per_row: sequence length in tokens; rows are packed full.
         rows_per_epoch: rows of the training data.
-        total_steps: steps of the whole run; what `dur` is a part of. `MOST` while a run by the clock goes on.
-        limit: seconds that a run by the clock lasts; None for a run of a number of steps.
-        clock: what the ranks agree is the time.
+        total_steps: steps of the whole run, which `dur` refers to. `MOST` while a wall-clock run continues.
+        limit: seconds of a wall-clock run; None for a run of a number of steps.
+        clock: the time that the ranks agree on.
     """
 
     rows_per_step: int
@@ -117,10 +117,10 @@ class Timeline:
 
     @classmethod
     def of(cls, max_duration: Duration, *, rows_per_step: int, tokens_per_row: int, rows_per_epoch: int) -> Timeline:
-        """The timeline of a run that lasts `max_duration`.
+        """The timeline of a run of length `max_duration`.
 
         Raises:
-            ConfigError: `max_duration` is given in `dur` (a part of itself), or is less than one step.
+            ConfigError: `max_duration` is given in `dur` (a share of itself), or is less than one step.
         """
         if max_duration.unit == "dur":
             raise ConfigError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep, 2h')
@@ -134,12 +134,12 @@ class Timeline:
         return cls(rows_per_step, tokens_per_row, rows_per_epoch, total)
 
     def steps(self, duration: Duration) -> int:
-        """Steps that `duration` takes: up to the first step that completes it.
+        """The number of steps that `duration` takes: up to the first step that completes it.
 
-        Epochs round down instead (but to no less than one step), so that `1ep` never shows a row twice.
+        Epochs are rounded down instead (but to at least one step), so that `1ep` never shows a row twice.
 
         Raises:
-            ConfigError: it is a time by the clock.
+            ConfigError: the duration is a wall-clock time.
         """
         if self.seconds(duration) is not None:
             whole = f" of max_duration={float(self.limit or 0):.12g}s" if duration.unit == "dur" else ""
@@ -150,10 +150,10 @@ class Timeline:
         return math.ceil(exact)
 
     def counted(self, duration: Duration) -> int:
-        """A duration in what the run's length is counted in: steps, or milliseconds of a run by the clock.
+        """A duration in the unit of the run's length: steps, or milliseconds of a wall-clock run.
 
         Raises:
-            ConfigError: it is given in the other one.
+            ConfigError: the duration is given in the other one.
         """
         seconds = self.seconds(duration)
         if (seconds is None) == (self.limit is None):
@@ -165,15 +165,15 @@ class Timeline:
         raise ConfigError(f'"{duration}" is not a wall-clock time, but max_duration is; write e.g. 10min or 0.1dur')
 
     def position(self, step: int) -> int:
-        """How far the run is after `step` steps, in what `counted` counts in."""
+        """The position of the run after `step` steps, in the unit of `counted`."""
         return step if self.limit is None else math.floor(self.clock.seconds * 1000)
 
     def position_before(self, step: int) -> int:
-        """Where the run was when the last of `step` steps began."""
+        """The position of the run when the last of `step` steps started."""
         return step - 1 if self.limit is None else math.floor(self.clock.before * 1000)
 
     def expected_steps(self, step: int) -> int | None:
-        """Steps of the whole run; of a run by the clock an estimate after `step` steps, None before the first."""
+        """Steps of the whole run. For a wall-clock run, an estimate after `step` steps; None before the first."""
         if self.limit is None or self.total_steps < MOST:
             return self.total_steps
         seconds = self.clock.seconds
@@ -181,15 +181,15 @@ class Timeline:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time of a run by the clock has passed."""
+        """Whether the time of a wall-clock run has passed."""
         return self.limit is not None and self.clock.seconds >= self.limit
 
     def due(self, interval: Duration, step: int) -> bool:
-        """Whether what is done every `interval` is due when `step` steps are complete; never if it is 0.
+        """Whether something with this interval is due after `step` steps; never if the interval is 0.
 
-        It is due at the step that completes each multiple of the interval, so an interval that is not a
-        whole number of steps neither drifts nor skips, and one shorter than a step is due at every step. Of a time by
-        the clock, it is the first step that begins after that.
+        It is due at the step that completes each multiple of the interval. An interval that is not a whole number of
+        steps therefore neither drifts nor skips, and one shorter than a step is due at every step. For a wall-clock
+        interval, it is the first step that starts after that time.
         """
         seconds = self.seconds(interval)
         if seconds is not None:
@@ -199,10 +199,10 @@ class Timeline:
         return step > 0 and exact > 0 and step // exact > (step - 1) // exact
 
     def share_of_evaluation(self, rows: int, interval: Duration) -> float | None:
-        """The share of the run's time that evaluating `rows` rows every `interval` takes, 0 to 1.
+        """The share of the run's time, 0 to 1, that evaluating `rows` rows every `interval` takes.
 
-        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates. None: not known, for
-        the interval is a time by the clock.
+        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates. None: unknown, because
+        the interval is a wall-clock time.
         """
         if self.seconds(interval) is not None:
             return None
@@ -213,7 +213,7 @@ class Timeline:
         return float(rows / (rows + 3 * trained))
 
     def seconds(self, duration: Duration) -> Fraction | None:
-        """A duration that is a time by the clock; None if it is not."""
+        """Seconds of a wall-clock duration; None for others."""
         if duration.unit == "dur" and self.limit is not None:
             return duration.value * self.limit
         return duration.seconds

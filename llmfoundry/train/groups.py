@@ -1,4 +1,4 @@
-"""Parameter groups: parameters with another learning rate or weight decay, and frozen ones, by patterns of their names.
+"""Parameter groups: other learning rates or weight decay for some parameters, and frozen ones, by name patterns.
 
     optimizer:
       name: adamw
@@ -38,18 +38,20 @@ Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
 
 
 class ParamGroup(Config):
-    """What is other for the parameters that match; what is left out is the optimizer's."""
+    """Settings for the parameters that match; settings that are left out are the optimizer's."""
 
-    param_str_match: Pattern  # a regular expression, looked for in parameters' names
-    lr: float | None = Field(None, gt=0)  # None: the optimizer's
-    weight_decay: float | None = Field(None, ge=0)  # given, it is for norms and biases of the group too
+    param_str_match: Pattern  # a regular expression that is searched in parameter names
+    lr: float | None = Field(None, gt=0)  # None: the optimizer's lr
+    # None: the optimizer's; if set, it also applies to norms and biases of the group
+    weight_decay: float | None = Field(None, ge=0)
     betas: Betas | None = None  # None: the optimizer's
     eps: float | None = Field(None, gt=0)  # None: the optimizer's
-    algorithm: Literal["muon", "adamw"] | None = None  # with name: muon; None: muon for matrices inside of blocks
+    # With name: muon; None: muon for matrices inside blocks, otherwise adamw
+    algorithm: Literal["muon", "adamw"] | None = None
 
 
 class Member(NamedTuple):
-    """A parameter that is trained."""
+    """A trained parameter and its group."""
 
     number: int  # of its group: 0 for the rest, then those of the YAML from 1
     group: ParamGroup
@@ -61,10 +63,10 @@ _REST = ParamGroup(param_str_match="")
 
 
 def members(model: nn.Module, groups: Sequence[ParamGroup], disable_grad: Sequence[str]) -> Iterator[Member]:
-    """The trained parameters with their groups, group 0 first. Those that `disable_grad` matches are frozen.
+    """The trained parameters with their groups, group 0 first. Parameters that `disable_grad` matches are frozen.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
+        ConfigError: a pattern matches nothing, or no parameter is left to train.
     """
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     for number, pattern in enumerate(disable_grad):
@@ -86,7 +88,7 @@ def members(model: nn.Module, groups: Sequence[ParamGroup], disable_grad: Sequen
 
 
 def _nothing(key: str, pattern: str, left: dict[str, nn.Parameter]) -> ConfigError:
-    """The error for a pattern without a parameter; of each kind of layer, the first one is named."""
+    """The error for a pattern without a match; it names the first parameter of each kind of layer."""
     kinds = {re.sub(r"\d+", "N", name): name for name in reversed(left)}
     names = list(reversed(kinds.values()))
     more = f" and {len(names) - SHOWN} more kinds" if len(names) > SHOWN else ""

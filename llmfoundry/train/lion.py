@@ -1,4 +1,4 @@
-"""Lion with decoupled weight decay, as LLM Foundry means it: one moment, and steps of one size.
+"""Lion with decoupled weight decay, as in LLM Foundry: one moment, and updates of equal size.
 
 Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
 """
@@ -22,11 +22,11 @@ from llmfoundry.train.optim import GroupedOptimizerConfig
 
 
 class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
-    """Each step takes `(lr / initial_lr) * weight_decay` of the weight away, and `lr` times a sign."""
+    """Lion: each step subtracts `(lr / initial_lr) * weight_decay` times the weight, and `lr` times a sign."""
 
-    lr: float = Field(1.0e-4, gt=0)  # the highest learning rate; the scheduler multiplies it
-    betas: Betas = [0.9, 0.99]  # of the update's direction, and of the momentum
-    weight_decay: float = Field(0.0, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
+    lr: float = Field(1.0e-4, gt=0)  # highest learning rate; the scheduler multiplies it
+    betas: Betas = [0.9, 0.99]  # interpolation of the update's direction, and decay of the momentum
+    weight_decay: float = Field(0.0, ge=0)  # each step subtracts (lr / initial lr) * weight_decay * weight
 
     @property
     def state_bytes(self) -> int:

@@ -1,8 +1,8 @@
-"""What is minimised: the cross-entropy of the next token, or a preference among answers (DPO).
+"""Training losses: the cross-entropy of the next token, or preferences (DPO).
 
 Shapes: B rows of a microbatch, P pairs of it (2 B sequences of S tokens).
-A loss is a sum over units (labels, pairs) that is divided by their number in the global batch. So it and its gradient
-are the same for every microbatch size and number of ranks.
+A loss is a sum over units (labels, pairs), divided by their number in the global batch. It and its gradient are
+therefore the same for every microbatch size and number of ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What the sums of a batch are divided by. () int64 each."""
+    """The numbers by which a batch's sums are divided. () int64 each."""
 
     units: Tensor
     labels: Tensor
@@ -46,33 +46,32 @@ class Loss:
     other: CausalLM | None = None  # a model beside the one that is trained
 
     def microbatches(self, batch: Batch, rows: int) -> list[Batch]:
-        """A batch in parts of at most `rows` rows, as the model sees them."""
+        """Split a batch into parts of at most `rows` rows, in the form that the model takes."""
         return batch.split(rows)
 
     def units(self, batch: Batch) -> Units:
-        """Those of the rows of one rank."""
+        """The units in one rank's rows."""
         return Units(batch.n_labels, batch.n_labels)
 
     def reference(self, model: CausalLM, batch: Batch) -> Tensor | None:
-        """What is computed of a microbatch before the model's forward, without a gradient."""
+        """What must be computed of a microbatch before the model's forward, without gradients."""
         return None
 
     def forward(self, model: CausalLM, batch: Batch) -> Output:
-        """The model on a microbatch."""
+        """Run the model on a microbatch."""
         return forward(model, batch)
 
     def parts(self, out: Output, batch: Batch, reference: Tensor | None) -> Parts:
-        """The sums of a microbatch."""
+        """Compute the sums of a microbatch."""
         assert out.loss_sum is not None
         return Parts(out.loss_sum, out.loss_sum.detach(), out.loss_sum.new_zeros(0))
 
 
 class DPO(Loss):
-    """Direct preference optimisation: the mean over the pairs of the global batch of -log sigmoid(margin).
+    """Direct preference optimization: the mean over the pairs of the global batch of -log sigmoid(margin).
 
-    The margin is beta times how much more than its reference the model prefers the chosen answer.
-
-    The reference is the model without its adapters, or another one. The names of the metrics are TRL's.
+    The margin is beta times the model's preference for the chosen answer, relative to that of the reference. The
+    reference is the model without its adapters, or another model. Metrics have TRL's names.
     Source: Rafailov et al. 2023, arXiv:2305.18290.
     """
 
@@ -83,8 +82,8 @@ class DPO(Loss):
         """Make the loss.
 
         Args:
-            beta: how close the model stays to the reference: the higher, the closer.
-            other: the reference; None: the model with its adapters off.
+            beta: the higher, the closer the model stays to the reference.
+            other: the reference; None: the model without its adapters.
         """
         self.beta, self.other = beta, other
 
@@ -115,7 +114,7 @@ class DPO(Loss):
 
 
 def forward(model: CausalLM, batch: Batch, by_token: bool = False) -> Output:
-    """The model on a batch's rows, with its loss."""
+    """Run the model on a batch's rows and compute its loss."""
     out: Output = model(
         batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows,
         by_token=by_token,
@@ -136,7 +135,7 @@ def _without_dropout(model: CausalLM) -> Iterator[None]:
 
 
 def _log_likelihoods(out: Output) -> Tensor:
-    """(2 P,) of each sequence's labels together, in nats."""
+    """(2 P,) log-likelihood of each sequence's labels, in nats."""
     assert out.nats is not None
     return -out.nats.sum(1)
 
@@ -146,9 +145,9 @@ def _of_chosen(sequences: Batch) -> Batch:
 
 
 class LossConfig(Choice, tag="name"):
-    """Root of the losses: the YAML's `loss`."""
+    """Base of the losses: the YAML's `loss`."""
 
-    name: str = "cross_entropy"  # which loss
+    name: str = "cross_entropy"  # the loss
 
     @property
     def pairs(self) -> bool:
@@ -156,25 +155,25 @@ class LossConfig(Choice, tag="name"):
         return False
 
     def build(self, other: CausalLM | None = None) -> Loss:
-        """The loss.
+        """Build the loss.
 
         Args:
-            other: a frozen model, where one is needed beside that which is trained.
+            other: a frozen model, if the loss needs a reference model.
         """
         raise NotImplementedError
 
 
 class CrossEntropyConfig(LossConfig, names=("cross_entropy",)):
-    """The next token; the default."""
+    """Cross-entropy of the next token; the default."""
 
     def build(self, other: CausalLM | None = None) -> Loss:
         return Loss()
 
 
 class DPOConfig(LossConfig, names=("dpo",)):
-    """Preferences. With `model.lora` the reference is the model without adapters; else a frozen copy of load_path."""
+    """Preferences. With `model.lora` the reference is the model without adapters, else a frozen copy of load_path."""
 
-    beta: float = Field(0.1, gt=0)  # how strongly the model is held to the reference
+    beta: float = Field(0.1, gt=0)  # strength of the pull towards the reference model
 
     @property
     def pairs(self) -> bool:

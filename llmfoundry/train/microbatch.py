@@ -1,6 +1,6 @@
-"""How many rows of a rank go through the model at once. With `auto`, half as many each time that memory runs out.
+"""The number of rows per forward. With `auto`, it is halved each time memory runs out.
 
-Fewer rows at once are more microbatches of the same step, and its gradient does not depend on them (step.py).
+Smaller microbatches do not change the gradient of a step (step.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.config import ResourceError
+from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.train.out_of_memory import Held
 from llmfoundry.train.step import StepResult
 
@@ -25,21 +25,34 @@ WATCHED_STEPS = 3
 
 
 class Microbatches:
-    """The size in use.
+    """The microbatch size in use.
 
     Args:
-        asked: what the YAML says.
-        least: rows of the rank with the fewest.
-        most: rows of the rank with the most.
+        asked: the value in the YAML.
+        rows: rows of the global batch.
+        ranks: ranks that they are divided over.
 
     Attributes:
-        can_retry: whether the model can go on after a step that was left in the middle.
+        can_retry: whether the model can continue after a step that was left halfway.
+
+    Raises:
+        ConfigError: ranks would have different numbers of microbatches, but they must meet in each.
     """
 
-    def __init__(self, asked: int | Literal["auto"], least: int, most: int) -> None:
-        self.rows = most if asked == "auto" else asked
+    def __init__(self, asked: int | Literal["auto"], rows: int, ranks: int) -> None:
+        if rows < ranks:
+            raise ConfigError(
+                f"global_train_batch_size={rows} leaves some of {ranks} ranks without a row; write {ranks} or more"
+            )
+        self._least, self._most = rows // ranks, -(-rows // ranks)
+        if asked != "auto" and not _meet(asked, self._least, self._most):
+            raise ConfigError(
+                f"global_train_batch_size={rows} over {ranks} ranks is {self._least} or {self._most} rows each, which "
+                f"device_train_microbatch_size={asked} cuts into different numbers of microbatches; make it a multiple "
+                f"of {ranks}, or the microbatch larger"
+            )
+        self.rows = self._most if asked == "auto" else asked
         self._auto = asked == "auto"
-        self._least, self._most = least, most
         self._watched = WATCHED_STEPS  # steps to come
         self.can_retry = True
 
@@ -49,12 +62,12 @@ class Microbatches:
         """Take a step, with fewer rows at once if they do not fit.
 
         Args:
-            attempt: `train_step`, given the rows of a microbatch and whether ranks leave it together.
-            explain: what to say where nothing can be tried again, given the rows, what was held if that was found
-                when the ranks left, and the error.
+            attempt: `train_step`, given the microbatch size and whether ranks leave it together.
+            explain: builds the error message if nothing can be retried, given the rows, the memory held when the ranks
+                left (if it was measured), and the error.
 
         Raises:
-            ResourceError: not even the smallest microbatch fits, or memory ran out where nothing can be tried again.
+            ResourceError: not even the smallest microbatch fits, or memory ran out and nothing can be retried.
         """
         while True:
             together = self._auto and self.can_retry and (self._watched > 0 or runtime.world_size() == 1)
@@ -72,7 +85,7 @@ class Microbatches:
                 raise ResourceError(explain(self.rows, there, why))
 
     def _halve(self) -> bool:
-        """Take half as many rows at once from now on; False if that cannot be."""
+        """Halve the microbatch size from now on; False if that is not possible."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -87,5 +100,10 @@ class Microbatches:
 
 
 def fitting(rows: int, least: int, most: int) -> int:
-    """The largest microbatch up to `rows` of which every rank has equally many: they meet in each. 0: no such size."""
-    return next((n for n in range(rows, 0, -1) if -(-least // n) == -(-most // n)), 0)
+    """The largest microbatch size up to `rows` for which every rank has equally many microbatches; 0: none."""
+    return next((n for n in range(rows, 0, -1) if _meet(n, least, most)), 0)
+
+
+def _meet(rows: int, least: int, most: int) -> bool:
+    """Whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
+    return -(-least // rows) == -(-most // rows)

@@ -1,7 +1,7 @@
-"""Where a run is in a mixture of datasets: when its phases end, and what was read before the mixture was changed.
+"""The position of a run in a mixture of datasets: the ends of its phases, and what was read before it was changed.
 
-A checkpoint holds, beside the number of rows, how many rows of each source it has read. A run that resumes with another
-mixture (`load_allow: [mixture]`) reads each source on from there, and new sources from their first row.
+Besides the number of rows, a checkpoint records how many rows of each source were read. A run that resumes with another
+mixture (`load_allow: [mixture]`) continues each source from there, and starts new sources at their first row.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from llmfoundry.train.duration import Duration, Timeline
 
 
 class Joined(NamedTuple):
-    """Where a run came to its present mixture."""
+    """Where a run switched to its present mixture."""
 
     row: int = 0
     before: dict[str, int] = {}  # rows of each source that it had read by then
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint says of its mixture."""
+    """What a checkpoint records of its mixture."""
 
     taken: dict[str, int]  # rows by label
     data: dict[str, str]  # fingerprints by label
@@ -33,7 +33,7 @@ def row_ends(phases: list[Phase], timeline: Timeline) -> list[int]:
     """The rows at which all phases but the last end.
 
     Raises:
-        ConfigError: one does not end after the one before it.
+        ConfigError: a phase does not end after the one before it.
     """
     ends: list[int] = []
     for number, phase in enumerate(phases[:-1]):
@@ -52,16 +52,16 @@ def take_up(mixture: Mixture, ends: list[int], contents: Contents | None, rows: 
     """Arrange a mixture for a run, from its first row or from a checkpoint.
 
     Args:
-        ends: as `row_ends` gives them.
+        ends: as `row_ends` returns them.
         contents: the checkpoint that the run continues.
-        rows: how many it has read.
-        allowed: whether another mixture than its own may be taken from here on.
+        rows: rows that the run has read.
+        allowed: whether the run may switch to another mixture here.
 
     Returns:
-        What the checkpoints of this run have to remember.
+        What the checkpoints of this run have to record.
 
     Raises:
-        ConfigError: the phases end at other rows than before, so that other rows would have been read.
+        ConfigError: the phases end at other rows than before, so other rows would have been read.
     """
     if contents is None:
         mixture.arrange(ends)
@@ -97,6 +97,6 @@ def _saved(contents: Contents, rows: int) -> _Saved:
 
 
 def to_save(mixture: Mixture, rows: int, joined: Joined) -> Json:
-    """What a checkpoint says of a mixture after `rows` rows."""
+    """What a checkpoint records of a mixture after `rows` rows."""
     return {"taken": cast(Json, mixture.taken(rows)), "data": cast(Json, mixture.data),
             "joined": {"row": joined.row, "before": cast(Json, joined.before)}}  # fmt: skip

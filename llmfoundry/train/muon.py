@@ -1,9 +1,9 @@
-"""Muon: the momentum of a matrix, made orthogonal, is its update. AdamW updates what is not a matrix inside a block.
+"""Muon: the update of a matrix is its orthogonalized momentum. AdamW updates the parameters that are not matrices.
 
-A parameter may hold several matrices: those of the experts, queries above keys above values, the gate's rows above
-those of the up projection. Each is made orthogonal by itself. Experts that are whole on a rank are one batch, and
-nothing is sent. Of matrices that FSDP cuts into rows, each rank makes a share orthogonal (parallel/owners.py), with one
-exchange for all of one shape. Replicas compute the same.
+A parameter may hold several matrices: one per expert, queries above keys above values, gate rows above those of the up
+projection. Each is orthogonalized separately. Experts that are whole on a rank form one batch without communication. If
+FSDP shards matrices by rows, each rank orthogonalizes a share of them (parallel/owners.py), with one exchange for all
+matrices of one shape. Replicas repeat the same computation.
 
 Source: Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, Muon is Scalable for LLM
 Training, arXiv:2502.16982.
@@ -52,16 +52,17 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     """
 
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
-    nesterov: bool = True  # the direction is that of the momentum one step ahead
+    nesterov: bool = True  # use the momentum one step ahead as the direction
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, fp32 on CPUs
-    # What lr is multiplied by for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's lr and
-    # weight_decay fit. original: sqrt(max(1, rows / columns)). The words are those of torch.optim.Muon.
+    # Dtype of their matrix products; auto: bf16 on GPUs, fp32 on CPUs
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    # Factor on lr for a matrix, named as in torch.optim.Muon. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that
+    # AdamW's lr and weight_decay fit. original: sqrt(max(1, rows / columns)).
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    adamw_lr: float | None = Field(None, gt=0)  # for what AdamW updates; None: lr
-    weight_decay: float = Field(0.1, ge=0)  # each step takes lr * weight_decay of the weight away
+    adamw_lr: float | None = Field(None, gt=0)  # lr of the parameters that AdamW updates; None: lr
+    weight_decay: float = Field(0.1, ge=0)  # each step subtracts lr * weight_decay * weight
 
-    state_dtype: Literal["fp32", "bf16"] = "fp32"  # of the momentum, and of AdamW's moments
+    state_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the momentum and of AdamW's moments
 
     @property
     def state_bytes(self) -> int:
@@ -107,7 +108,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
 
 
 def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
-    """The parameters that hold matrices above each other, with the rows of each matrix."""
+    """The parameters that hold stacked matrices, with the rows of each matrix."""
     found: dict[Tensor, tuple[int, ...]] = {}
     for module in model.modules():
         if isinstance(module, Attention) and not module.reuses_kv:
@@ -121,7 +122,7 @@ def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
 
 
 class _Kind(NamedTuple):
-    """What matrices have in common that are made orthogonal together."""
+    """Properties that matrices share if they are orthogonalized together."""
 
     among: ProcessGroup | None  # the ranks that have rows of each; None: they are whole
     shape: tuple[int, int]  # of the whole matrix
@@ -130,7 +131,7 @@ class _Kind(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows that this rank has of one matrix, or of several below each other."""
+    """This rank's rows of one matrix, or of several stacked ones."""
 
     weight: Tensor  # (rows, C), as the next two
     grad: Tensor
@@ -141,14 +142,14 @@ class _Rows(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """A matrix, and this rank's rows of it."""
+    """A matrix that is sharded by rows, and this rank's rows of it."""
 
     rows: _Rows
     counts: list[int]  # rows of each rank; of a whole matrix all its rows
 
 
 class _Step(NamedTuple):
-    """What one step of a group is the same for."""
+    """Values that are constant for one step of a group."""
 
     lr: float
     decay: float
@@ -157,11 +158,11 @@ class _Step(NamedTuple):
 
 
 class Muon(AdamW):
-    """Groups that are marked `muon` are updated by it, and the others by AdamW.
+    """Updates groups marked `muon` by Muon, and the others by AdamW.
 
     Args:
-        params: groups.
-        stacked: parameters that hold matrices above each other -> the rows of each.
+        params: parameter groups.
+        stacked: parameters that hold stacked matrices -> the rows of each matrix.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class Muon(AdamW):
         return _Kind(_ranks_of_rows(parameter), shape, (device, dtype), (weight.device, weight.dtype))
 
     def _update_stack(self, parameter: Tensor, kind: _Kind, step: _Step) -> None:
-        """Update a stack of matrices that are whole on this rank, in batches of which each is a part of it."""
+        """Update a stack of matrices that are whole on this rank, in batches."""
         height, columns = kind.shape
         n = local_part(parameter).numel() // (height * columns)
         for numbers in _batches(range(n), max(1, _AT_ONCE // (height * columns))):
@@ -227,7 +228,7 @@ class Muon(AdamW):
             self._apply(part, self._orthogonalize(matrices).view(-1, columns), kind, step)
 
     def _update_matrices(self, matrices: Sequence[_Cut], kind: _Kind, first: int, step: _Step) -> None:
-        """Update matrices of one shape that the same ranks have rows of."""
+        """Update matrices of one shape whose rows are on the same ranks."""
         directions = [self._advance(each.rows, kind, step) for each in matrices]
         if kind.among is None:
             directions = list(self._orthogonalize(torch.stack(directions)))
@@ -250,7 +251,7 @@ class Muon(AdamW):
                 start, begin = start + rows, begin + counts[rank]
 
     def _rows(self, parameter: Tensor, begin: int, n: int) -> _Rows:
-        """`n` of this rank's rows of a parameter, with all its matrices below each other."""
+        """`n` of this rank's rows of a parameter, with all its matrices stacked."""
         columns = parameter.shape[-1]
         count, moment = self._state_of(parameter, (MOMENTUM,))
         beside = beside_weight(parameter, self.state[parameter] if self.halves else None)
@@ -266,7 +267,7 @@ class Muon(AdamW):
         return _Rows(weight, grad, moment, others, count, place)
 
     def _advance(self, rows: _Rows, kind: _Kind, step: _Step) -> Tensor:
-        """The direction of each row's update, before it is made orthogonal."""
+        """Update the momentum and return each row's direction before orthogonalization."""
         device, dtype = kind.products
         direction = torch.empty(rows.weight.shape, dtype=dtype, device=rows.weight.device)
         if direction.numel():
@@ -292,10 +293,10 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _ranks_of_rows(parameter: Tensor) -> ProcessGroup | None:
-    """The ranks that have rows of each of a parameter's matrices; None if matrices are whole.
+    """The ranks that hold rows of each of a parameter's matrices; None if matrices are whole.
 
     Raises:
-        ValueError: matrices are cut in another way.
+        ValueError: the matrices are sharded in another way.
     """
     if not isinstance(parameter, DTensor):
         return None

@@ -1,7 +1,7 @@
 """Optimizers, their learning rate, and gradient clipping by the true global norm.
 
-Weight decay is for matrices: parameters of one dimension (norms, biases) and the stacked biases of experts
-have none. Parameters may be plain tensors or DTensors, also of different meshes in one optimizer.
+Weight decay applies to matrices, not to parameters of one dimension (norms, biases) or the stacked biases of experts.
+Parameters may be plain tensors or DTensors, also on different meshes in one optimizer.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ _EMBEDDING = re.compile(r"(^|\.)(wte|wpe)\.weight$")
 
 
 class OptimizerConfig(Choice, tag="name"):
-    """Family root: `optimizer: {name: decoupled_adamw, lr: 3.0e-4, weight_decay: 1.0e-5}`."""
+    """Base of the optimizers: `optimizer: {name: decoupled_adamw, lr: 3.0e-4, weight_decay: 1.0e-5}`."""
 
-    name: str  # the kind of optimizer
-    lr: float = Field(gt=0)  # the highest learning rate; the scheduler multiplies it
+    name: str  # the optimizer
+    lr: float = Field(gt=0)  # highest learning rate; the scheduler multiplies it
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of its state per parameter, by which the plan times an update."""
+        """Bytes of optimizer state per parameter, for the plan's time of an update."""
         return 8
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """In which weights that are trained are kept."""
+        """The dtype of trained weights."""
         return torch.float32
 
     @property
     def halves(self) -> bool:
-        """Whether those in bfloat16 are the high halves of float32 weights."""
+        """Whether bfloat16 weights are the high halves of float32 weights."""
         return False
 
     def decided(self, may_split: bool) -> OptimizerConfig:
-        """The same without `auto`, where a run says whether float32 weights may be split."""
+        """The same config with `auto` resolved; the run says whether float32 weights may be split."""
         return self
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
+        """Build the optimizer of `model`'s trainable parameters; each group has its `initial_lr`."""
         raise NotImplementedError
 
     def update_flops(self, model: CausalLMConfig) -> float:
@@ -65,18 +65,20 @@ class OptimizerConfig(Choice, tag="name"):
 
 
 class GroupedOptimizerConfig(OptimizerConfig):
-    """What every optimizer here has: decay for matrices, and LLM Foundry's groups (groups.py)."""
+    """Settings of every optimizer: decay for matrices, and LLM Foundry's groups (groups.py)."""
 
     betas: Betas
     weight_decay: float = Field(ge=0)
-    # How weights are kept. fp32: 4 bytes per parameter, and casts or copies of them to compute with. fp32_split: the
-    # same numbers, as the bf16 that is computed with and the other 16 bits, 4 bytes in all. bf16_sr: 2 bytes, rounded
-    # at random so that small changes add up. auto: fp32_split where weights are computed with in bf16, without
-    # cpu_offload and adapters; else fp32.
+    # How weights are stored. fp32: 4 bytes per parameter, cast or copied for computing. fp32_split: the same values as
+    # a bf16 for computing and the other 16 bits, 4 bytes in total. bf16_sr: 2 bytes with stochastic rounding, so that
+    # small changes add up. auto: fp32_split if weights are computed with in bf16, without cpu_offload and adapters;
+    # otherwise fp32.
     master_weights: Literal["auto", "fp32", "fp32_split", "bf16_sr"] = "auto"
-    decay_embeddings: bool = True  # whether weight decay is for embeddings too
-    param_groups: list[ParamGroup] = []  # [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
-    disable_grad: Pattern | list[Pattern] = []  # names of parameters that are not trained: REGEX, or a list
+    decay_embeddings: bool = True  # apply weight decay to embeddings too
+    # Settings for some parameters: [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
+    param_groups: list[ParamGroup] = []
+    # Parameters that are not trained: a regular expression on their names, or a list
+    disable_grad: Pattern | list[Pattern] = []
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -92,10 +94,10 @@ class GroupedOptimizerConfig(OptimizerConfig):
         return self.model_copy(update={"master_weights": "fp32_split" if may_split else "fp32"})
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
-        """The optimizer's groups. One of the YAML may become two: with and without decay.
+        """The optimizer's groups. A group of the YAML may become two: with and without decay.
 
         Raises:
-            ConfigError: a pattern of a group matches nothing.
+            ConfigError: a group's pattern matches nothing.
         """
         found: dict[tuple[object, ...], dict[str, object]] = {}
         parts: dict[tuple[object, ...], list[nn.Parameter]] = {}
@@ -124,7 +126,7 @@ class GroupedOptimizerConfig(OptimizerConfig):
         return list(found.values())
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """What else the optimizer has to know of a parameter; those that differ in it are in different groups."""
+        """Further properties of a parameter; parameters that differ in them are in different groups."""
 
         def nothing(member: Member) -> dict[str, object]:
             if member.group.algorithm is not None:
@@ -136,16 +138,16 @@ class GroupedOptimizerConfig(OptimizerConfig):
 
 
 class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
-    """AdamW as torch means it: each step first takes `lr * weight_decay` of the weight away.
+    """AdamW as in torch: each step first subtracts `lr * weight_decay` times the weight.
 
     Source: Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
 
-    betas: Betas = [0.9, 0.95]  # decay of the two moments
-    eps: float = Field(1.0e-8, gt=0)  # added to the root of the second moment
-    weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
-    # How the moments are kept: 8 bytes per parameter; 4, or 2 for matrices, rounded at random so that small changes
-    # add up.
+    betas: Betas = [0.9, 0.95]  # decay rates of the two moments
+    eps: float = Field(1.0e-8, gt=0)  # added to the square root of the second moment
+    weight_decay: float = Field(0.01, ge=0)  # each step subtracts lr * weight_decay * weight
+    # Storage of the moments. fp32: 8 bytes per parameter; bf16: 4; int8: 2 for matrices. bf16 and int8 use stochastic
+    # rounding, so that small changes add up.
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
 
     @property
@@ -153,7 +155,7 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
         return {"fp32": 8, "bf16": 4, "int8": 2}[self.state_dtype]
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """Whether moments have 8 bits: those of matrices, whose rows are whole on every rank."""
+        """Whether moments are stored in 8 bits: those of matrices whose rows are whole on every rank."""
         plain = super().marks(model)
         if self.state_dtype != "int8":
             return plain
@@ -171,13 +173,12 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
 
 
 class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
-    """AdamW as Composer means it: each step takes `(lr / initial_lr) * weight_decay` of the weight away.
+    """AdamW as in Composer: each step subtracts `(lr / initial_lr) * weight_decay` times the weight.
 
-    So the decay follows the schedule but not the height of the learning rate, and values are small: 1e-5 is
-    usual.
+    The decay follows the schedule but not the size of the learning rate, so values are small: 1e-5 is usual.
     """
 
-    weight_decay: float = Field(1.0e-5, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
+    weight_decay: float = Field(1.0e-5, ge=0)  # each step subtracts (lr / initial lr) * weight_decay * weight
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
         found = super().settings(model)
@@ -192,7 +193,7 @@ class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
 
 
 def decays(name: str, parameter: Tensor, *, embeddings: bool = True) -> bool:
-    """Whether weight decay is for this parameter: a matrix that is neither a norm's weight nor a (stacked) bias."""
+    """Whether weight decay applies to a parameter: a matrix that is neither a norm's weight nor a (stacked) bias."""
     if parameter.ndim < 2 or _BIAS_OR_NORM.search(name):
         return False
     return embeddings or not _EMBEDDING.search(name)
@@ -206,7 +207,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> fl
 
 
 class _GradientGroup(NamedTuple):
-    """Gradients of which the same number of ranks holds each part."""
+    """Gradients whose parts are replicated on the same number of ranks."""
 
     copies: int  # ranks that hold the same part
     device_type: str  # where ranks reduce
@@ -223,12 +224,12 @@ class Clipping(NamedTuple):
 
 @torch.no_grad()
 def square_share(parameters: Iterable[Tensor]) -> Tensor:
-    """() float64: this rank's share of the squared L2 norm of all gradients, so that those of all ranks add up to it.
+    """() float64: this rank's share of the squared L2 norm of all gradients; the shares of all ranks add up to it.
 
-    Gradients may be split over ranks in any way, also differently from each other. The host waits for nothing.
+    Gradients may be sharded in any way, each differently. The host does not wait.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are ignored.
     """
     groups: dict[tuple[object, ...], _GradientGroup] = {}
     for parameter in parameters:
@@ -241,12 +242,12 @@ def square_share(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clipping_of(square: Tensor, max_norm: float | None, dtype: torch.dtype = torch.float32) -> Clipping:
-    """What brings the norm of gradients down to `max_norm`.
+    """The clipping that reduces the norm of gradients to `max_norm`.
 
     Args:
-        square: () of all gradients: the sum of all ranks' `square_share`.
-        max_norm: None does not clip.
-        dtype: of the norm.
+        square: () squared norm of all gradients: the sum of all ranks' `square_share`.
+        max_norm: None: no clipping.
+        dtype: dtype of the norm.
     """
     norm = square.sqrt().to(dtype)
     divisor = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
@@ -254,21 +255,21 @@ def clipping_of(square: Tensor, max_norm: float | None, dtype: torch.dtype = tor
 
 
 def norm_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Of the norm of their gradients: float32, or float64 if a gradient is."""
+    """The dtype of the norm of these parameters' gradients: float32, or float64 if a gradient is."""
     dtypes = (parameter.grad.dtype for parameter in parameters if parameter.grad is not None)
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 @torch.no_grad()
 def clipping(parameters: Iterable[Tensor], max_norm: float | None) -> Clipping:
-    """Measure the global L2 norm of the gradients, and what brings it down to `max_norm`. Changes nothing.
+    """Measure the global L2 norm of the gradients, and compute the clipping to `max_norm`. Changes nothing.
 
     The norm is that of the full gradients over all ranks, and the same on each of them. It costs one all-reduce of one
-    number. The host waits for nothing.
+    number. The host does not wait.
 
     Args:
-        parameters: those without a gradient are passed over.
-        max_norm: None does not clip.
+        parameters: those without a gradient are ignored.
+        max_norm: None: no clipping.
     """
     parameters = list(parameters)
     return clipping_of(runtime.all_reduce_sum(square_share(parameters)), max_norm, norm_dtype(parameters))
@@ -276,10 +277,10 @@ def clipping(parameters: Iterable[Tensor], max_norm: float | None) -> Clipping:
 
 @torch.no_grad()
 def update(optimizer: torch.optim.Optimizer, clip: Clipping) -> None:
-    """One step of `optimizer` with clipped gradients, or none if `clip` says to skip it.
+    """Take one step of `optimizer` with clipped gradients, or none if `clip` says to skip it.
 
     Optimizers that read scale and flag on the device (ours, and torch's fused ones) get them as `grad_scale` and
-    `found_inf`. For any other one, the host waits for the flag, and scaling is a pass over the gradients.
+    `found_inf`. For others, the host waits for the flag, and scaling is a pass over the gradients.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = clip.divisor, clip.skip  # type: ignore[attr-defined]
@@ -294,13 +295,13 @@ def update(optimizer: torch.optim.Optimizer, clip: Clipping) -> None:
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale all gradients down so that their global L2 norm is at most `max_norm`, for optimizers that others step.
+    """Scale all gradients down to a global L2 norm of at most `max_norm`, for optimizers stepped elsewhere.
 
     The host waits for the norm: most steps of a healthy run need no scaling, which is a pass over all gradients.
 
     Args:
-        parameters: those without a gradient are passed over.
-        max_norm: None measures and changes nothing.
+        parameters: those without a gradient are ignored.
+        max_norm: None: measure the norm and change nothing.
 
     Returns:
         () norm before clipping, float32 (float64 for float64 gradients); not finite if any gradient is not.
@@ -312,7 +313,7 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
 
 
 def _divide(grads: Sequence[Tensor | None], divisor: Tensor) -> None:
-    """Divide gradients by a number that is mostly 1. The host waits for it."""
+    """Divide gradients by a number that is usually 1. The host waits for it."""
     factor = 1 / float(divisor)
     for grad in grads if factor != 1 else ():
         if grad is not None:
@@ -330,9 +331,9 @@ def _part(grad: Tensor) -> _GradientGroup:
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank, which all call this.
+    """The L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank; all ranks call this.
 
-    One all-reduce, whatever their number; the host waits for it.
+    It takes one all-reduce, whatever the number of tensors; the host waits for it.
     """
     shares = torch.zeros(len(tensors), dtype=torch.float64)
     groups: dict[tuple[object, ...], tuple[_GradientGroup, list[int]]] = {}

@@ -1,4 +1,4 @@
-"""What a run that is out of memory says: what held the memory, what was planned, and the keys that need less."""
+"""The message of a run that is out of memory: what held it, what was planned, and the keys that would help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Allocator(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What this rank has on its device, in bytes."""
+    """What this rank holds on its device, in bytes."""
 
     weights: int
     optimizer: int
@@ -36,7 +36,7 @@ class Held(NamedTuple):
 
 
 def allocator(device: torch.device) -> Allocator | None:
-    """The figures of the allocator; None on a CPU, which has none."""
+    """The allocator's figures; None on a CPU."""
     if device.type != "cuda":
         return None
     stats = runtime.memory_stats(device)
@@ -45,7 +45,7 @@ def allocator(device: torch.device) -> Allocator | None:
 
 
 def held(model: CausalLM, optimizer: Optimizer, device: torch.device) -> Held:
-    """Count what a rank holds, in the middle of a step as well."""
+    """Measure what a rank holds, also in the middle of a step."""
 
     def size(tensors: Iterator[Tensor]) -> int:
         parts = (local_part(each) for each in tensors)
@@ -61,8 +61,8 @@ def message(
     """One line.
 
     Args:
-        rows: of the microbatch that did not fit.
-        once: whether gradients are summed over ranks once a step.
+        rows: rows of the microbatch that did not fit.
+        once: whether gradients are reduced over ranks once per step.
         there: what this rank held.
         why: the text of torch's error, or runtime.ELSEWHERE.
     """
@@ -86,7 +86,7 @@ def message(
 
 
 def first_of(why: str) -> str:
-    """What torch says first: that memory ran out, and how much was asked for."""
+    """The first part of torch's message: that memory ran out, and how much was requested."""
     return ". ".join(" ".join(why.split()).split(". ")[:2])
 
 
@@ -95,7 +95,7 @@ def _size(n: float) -> str:
 
 
 def _as_run(config: RunConfig, rows: int, once: bool) -> RunConfig:
-    """The run with what `auto` stands for."""
+    """The run with `auto` resolved."""
     parallel = config.parallel.model_copy(update={"reduce_once_a_step": once})
     return config.model_copy(update={"device_train_microbatch_size": rows, "parallel": parallel})
 
@@ -108,7 +108,7 @@ def _by_kind(plan: Planned) -> dict[str, float]:
 def _remedies(
     config: RunConfig, mesh: Mesh, device: torch.device, rows: int, once: bool, there: Held, rest: int
 ) -> Iterator[str]:
-    """Keys that need less, those first that make what held most smaller."""
+    """Keys that need less memory, starting with those that reduce the largest share."""
     parallel, optimizer = config.parallel, config.optimizer_on(device.type)
     several = -(-config.global_train_batch_size // mesh.data_ranks) > rows
     of_state: list[str] = []

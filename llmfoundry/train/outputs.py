@@ -1,7 +1,7 @@
-"""What a run leaves in its `save_folder` beside checkpoints: config.yaml, metrics.jsonl, skipped.jsonl, summary.json.
+"""The files of a `save_folder` besides checkpoints: config.yaml, metrics.jsonl, skipped.jsonl, summary.json.
 
 A folder belongs to one run, which holds its lock. Nothing is written before `check_free` has found the folder free, or
-has been asked to resume its run. Settings of an earlier part of the run stay on record in `config-history/`.
+has been asked to resume its run. Settings of earlier parts of the run are kept in `config-history/`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError, RunError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
-from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_number
+from llmfoundry.strict_json import parse_json, read_lines, whole_number
 from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.run import Metrics
+from llmfoundry.train.summary import Summary
 
 log = logging.getLogger(__name__)
-Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
 TRACES = {".lock", OWNER, f"{OWNER}.tmp", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
@@ -43,7 +43,7 @@ _PROBE, _PROBE_SECONDS = ".probe-", 20.0
 
 
 class RunFolder:
-    """The `save_folder` of a run, as its owner sees it; only rank 0 has one."""
+    """The `save_folder` of a run, held by its owner; only rank 0 has one."""
 
     def __init__(self, path: Path, lock: IO[str], locked: bool) -> None:
         self.path = path
@@ -56,10 +56,10 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: Path) -> RunFolder:
-        """Take a folder, made if need be, until `close` or the end of this process.
+        """Lock a folder until `close` or the end of this process; it is made if necessary.
 
         Raises:
-            ConfigError: it cannot be written, or a process that is alive holds it.
+            ConfigError: the folder cannot be written, or a live process holds it.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class RunFolder:
             place: this folder, or the URL of the run's folder in a store.
 
         Raises:
-            ConfigError: another run has it, and goes on.
+            ConfigError: another run owns it and is still running.
         """
         owner = Owner(place, self._lock if self._locked else None)
         owner.take()
@@ -94,7 +94,7 @@ class RunFolder:
         return owner
 
     def begin(self, config: Plain, before: Plain | None, step: int) -> None:
-        """Write config.yaml; settings that had been others up to `step` stay on record in config-history.
+        """Write config.yaml; settings that applied before `step` and differ are kept in config-history.
 
         Raises:
             ConfigError: they cannot be written.
@@ -112,7 +112,7 @@ class RunFolder:
         """Continue metrics.jsonl after `step`: lines that a killed run wrote beyond its checkpoint are dropped.
 
         Args:
-            skips: the step after which skipped.jsonl goes on, if it is another one.
+            skips: the step after which skipped.jsonl continues, if it differs.
         """
         if (self.path / SKIPPED).exists():
             self._cut(self.path / SKIPPED, step if skips is None else skips)
@@ -128,7 +128,7 @@ class RunFolder:
         self._metrics = file.open("ab", buffering=0)
 
     def _cut(self, file: Path, step: int) -> list[int]:
-        """Drop the lines of later steps; returns the steps of the others. It holds one line in memory."""
+        """Drop the lines of later steps; returns the steps of the others. Only one line is in memory at a time."""
         try:
             if not os.path.lexists(file):
                 atomic_write(file, [], sync=True)
@@ -158,7 +158,7 @@ class RunFolder:
             log.warning("%s cannot be written: %s; the line was: %s", self.path / SKIPPED, error.strerror, line)
 
     def sync(self) -> None:
-        """Make metrics.jsonl survive a power cut: a checkpoint that does must not stand without it.
+        """Make metrics.jsonl survive a power cut, so that no checkpoint survives without it.
 
         Raises:
             OSError: it cannot be written.
@@ -172,9 +172,9 @@ class RunFolder:
             raise OSError(f"{self.path} is another folder than the run began in; move that one back")
 
     def write_metrics(self, metrics: Metrics) -> None:
-        """Append one line; what is not finite becomes null, which JSON has no number for.
+        """Append one line; values that are not finite become null, because JSON cannot represent them.
 
-        What cannot be written now (a full disk) is kept and written with a later line.
+        If it cannot be written now (the disk is full), it is kept and written with a later line.
         """
         line = json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n"
         self._unwritten += line.encode()
@@ -192,7 +192,7 @@ class RunFolder:
             del self._unwritten[: self._metrics.write(self._unwritten)]
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder for other runs."""
         if self._metrics is not None:
             self._metrics.close()
         if self.owner is not None:
@@ -220,19 +220,11 @@ def _step_of(file: Path, number: int, line: bytes) -> int:
         raise ConfigError(f"{file}: line {number} is damaged; remove it from there on") from None
 
 
-def read_summary(path: Path) -> Plain:
-    """What summary.json says; nothing if it is missing or malformed."""
-    try:
-        return read_mapping(path / "summary.json")
-    except (OSError, ValueError):
-        return {}
-
-
 def check_free(path: Path, autoresume: bool) -> None:
-    """Look whether a run may have a folder, and write nothing.
+    """Check whether a run may use a folder, without writing anything.
 
     Raises:
-        ConfigError: it is used and not to be resumed, or holds no run, or cannot be written.
+        ConfigError: it is in use and must not be resumed, does not hold a run, or cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
@@ -263,7 +255,7 @@ def check_shared(path: Path) -> None:
     """Check that every rank sees the folder that rank 0 has claimed; all ranks together.
 
     Raises:
-        ConfigError: on all ranks, naming the first that does not.
+        ConfigError: on all ranks; names the first rank that does not see it.
     """
     for rank, host in enumerate(hosts_without(path)):
         if host is not None:
@@ -274,7 +266,7 @@ def check_shared(path: Path) -> None:
 
 
 def hosts_without(path: Path) -> list[str | None]:
-    """Of each rank, its host if it does not see the folder that rank 0 has claimed; all ranks together."""
+    """For each rank, its host if it does not see the folder that rank 0 has claimed; all ranks together."""
     if runtime.world_size() == 1:
         return [None]
     probe = path / runtime.on_rank0(lambda: _leave_probe(path))

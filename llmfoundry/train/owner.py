@@ -1,13 +1,14 @@
-"""One run at a time in a `save_folder`, also if runs on two machines share it by a disk or a store.
+"""Allow only one run at a time in a `save_folder`, also if runs on two machines share it by a disk or a store.
 
     owner.json    {"nonce": ..., "host": ..., "lock": ..., "beat": 17}
 
-The owner writes it when it takes the folder, adds one to `beat` every BEAT seconds, and removes it when it ends. Who
-finds one of another machine watches it for LEASE seconds: if `beat` moves, the owner lives, and the newcomer ends;
-else it takes the folder. No clocks are compared. Should both go on (a machine slept, or both began in the same moment),
-the one whose nonce is gone finds that out before it completes its next checkpoint, and ends.
+The owner writes it when it takes the folder, increments `beat` every BEAT seconds, and removes it when it ends. A run
+that finds another machine's file watches it for LEASE seconds: if `beat` changes, the owner is alive and the newcomer
+ends; otherwise the newcomer takes the folder. No clocks are compared. If both continue (a machine was suspended, or
+both started at the same moment), the run whose nonce has been replaced notices it before it completes its next
+checkpoint, and ends.
 
-Within one machine the kernel's lock (`RunFolder`) tells at once whether the owner lives.
+Within one machine the kernel's lock (`RunFolder`) shows at once whether the owner is alive.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MOST_BYTES = 2**16  # of owner.json
 
 
 class Record(NamedTuple):
-    """What owner.json says."""
+    """The contents of owner.json."""
 
     nonce: str
     host: str
@@ -52,7 +53,7 @@ class Owner:
 
     Args:
         folder: a path or a URL.
-        lock: an open file that this process has locked, if it could; only a dead owner lets go of it.
+        lock: an open file that this process has locked, if possible; the lock is released when the process ends.
     """
 
     def __init__(self, folder: str, lock: IO[str] | None) -> None:
@@ -66,7 +67,7 @@ class Owner:
         """Take the folder.
 
         Raises:
-            ConfigError: another run has it, and goes on; or it cannot be written.
+            ConfigError: another run owns it and is still running, or it cannot be written.
         """
         try:
             found = self._read()
@@ -78,10 +79,10 @@ class Owner:
         self._thread.start()
 
     def check(self) -> None:
-        """Look whether the folder is still this run's.
+        """Check that the folder still belongs to this run.
 
         Raises:
-            TakenOver: it is not.
+            TakenOver: it does not.
         """
         found = self._read()
         if found is not None and found.nonce != self._own.nonce:
@@ -91,7 +92,7 @@ class Owner:
             )
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder for other runs."""
         self._closed.set()
         if self._thread.ident is None:
             return
@@ -128,7 +129,7 @@ class Owner:
                 self._write()
 
     def _read(self) -> Record | None:
-        """What is there; None if there is nothing, or nothing that a run wrote."""
+        """Read owner.json; None if it does not exist or was not written by a run."""
         try:
             if is_url(self._place):
                 fs, path = opened(self._place)
@@ -161,7 +162,7 @@ def _record(said: Json) -> Record | None:
 
 
 def _lock_of(lock: IO[str] | None) -> str:
-    """A locked file, and this machine since it was started: the kernel's locks hold in all its containers."""
+    """Identify a locked file and this boot of the machine: the kernel's locks hold in all its containers."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

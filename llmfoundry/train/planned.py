@@ -1,4 +1,4 @@
-"""What the plan says of the memory of a run that is about to begin, or that has run out of it."""
+"""The plan's estimate of memory for a run that is about to start, or that has run out of memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TIMEOUT = 120.0  # seconds; a simulation takes 2 to 6
 
 
 class Planned(NamedTuple):
-    """Of one GPU."""
+    """The estimate for one GPU."""
 
     once: bool  # whether gradients are summed once a step
     held: dict[str, float]  # bytes at the highest moment of a step, by kind (planning/ledger.py)
 
 
 def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
-    """Simulate a step of a run on this many GPUs, in a process of its own; why not, where that cannot be done.
+    """Simulate a step of a run on this many GPUs in a separate process; returns the reason if that is not possible.
 
     Args:
         memory: bytes of one GPU.
@@ -49,9 +49,9 @@ def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
 
 
 def settle(config: RunConfig, mesh: Mesh, device: torch.device) -> ParallelConfig:
-    """`config.parallel` without `reduce_once_a_step: auto`, the same on every rank; says what was chosen, and why.
+    """`config.parallel` with `reduce_once_a_step: auto` resolved, the same on every rank; the choice is logged.
 
-    And without a gather of tokens, where ranks have different numbers of rows.
+    If ranks have different numbers of rows, tokens are not gathered.
     """
     parallel = settled_exchange(config.parallel, config.global_train_batch_size, mesh.data_ranks)
     micro = config.device_train_microbatch_size

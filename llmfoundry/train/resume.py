@@ -1,6 +1,6 @@
 """What a run begins from, decided once and before anything is built: nothing, its own newest checkpoint, or another's.
 
-A checkpoint brings its tokenizer. Settings that would change what its state means are refused (checkpoint/identity.py).
+Settings that would change what a checkpoint's state means are refused (checkpoint/identity.py).
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
-from llmfoundry import runtime
+from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.composer_files import open_composer
-from llmfoundry.checkpoint.composer_names import copies_from, is_composer
+from llmfoundry.checkpoint.composer_names import copies_from, is_composer, load_composer
 from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.identity import (
     DATA,
     MIXTURE,
     ROWS,
-    TOKENIZER,
     Comparison,
     Difference,
     check_allowed,
@@ -33,23 +28,18 @@ from llmfoundry.checkpoint.identity import (
     compare,
     is_allowed,
 )
-from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
+from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, load_model_only, read
 from llmfoundry.config import ConfigError, is_theirs
-from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
 from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
-from llmfoundry.hf.pretrained import locate, open_checkpoint
-from llmfoundry.hf.tokenizer import TOKENIZER_FILES, tokenizer_of
-from llmfoundry.model.transformer import CausalLMConfig
-from llmfoundry.private import cleaned, disclosed
+from llmfoundry.hf.pretrained import open_checkpoint
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+from llmfoundry.private import cleaned
 from llmfoundry.settings import read_resolved
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.outputs import is_free
-from llmfoundry.train.run import TrainState
 
 log = logging.getLogger(__name__)
-
-RULE = ("add_bos", "parse_special_tokens")  # of TokenizerConfig: how texts are read, not which tokenizer it is
 
 
 class Start(NamedTuple):
@@ -165,125 +155,25 @@ def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:
     log.warning("%s: holds no checkpoint; starting from the first step", folder)
 
 
-def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run: that of the checkpoint, where it begins from one.
-
-    Raises:
-        ConfigError: another one is asked for, and `load_allow` does not name it.
-    """
-    wanted, dataset = config.tokenizer, config.train_loader.dataset
-    others = [part.dataset for part in config.due_evaluations]
-    folder = _tokenizer_of(start)
-    if folder is None or is_allowed(TOKENIZER, config.load_allow):
-        return wanted.build(dataset, others)
-    own = wanted.model_copy(update={"name": str(folder), "vocab_size": None}).build(dataset, others)
-    before = disclosed(start.contents.config, {}).get("tokenizer") if start.contents is not None else None
-    if wanted.name == "bpe":
-        size = before.get("vocab_size") if isinstance(before, dict) and before.get("name") == "bpe" else None
-        if wanted.vocab_size not in (None, size, len(own)):
-            raise _another_tokenizer(f"bpe of {wanted.vocab_size} entries", folder, own)
-        log.info("tokenizer: using the checkpoint's own, of %d entries; no BPE is trained", len(own))
-        return own
-    if start.how == "weights" and isinstance(before, dict) and _same_tokenizer(config, before):
-        return own
-    asked = wanted.build(dataset, others)
-    if asked.get_vocab() != own.get_vocab() or asked.eos_token_id != own.eos_token_id:
-        raise _another_tokenizer(f"{wanted.name} of {len(asked)} entries", folder, own)
-    return asked
+def load_weights(start: Start, model: CausalLM, allow: list[str]) -> None:
+    """Load the weights that a new run begins from, if it begins from any."""
+    if start.hugging_face is not None:
+        hf.load_weights(model, start.hugging_face, allow=allow)
+    elif start.composer is not None:
+        load_composer(start.composer, model)
+    elif start.contents is not None and start.how == "weights":
+        load_model_only(start.contents, model)
 
 
-def settle_tokenizer(config: RunConfig, start: Start) -> tuple[RunConfig, PreTrainedTokenizerBase, SpecialTokens]:
-    """The tokenizer of the run and the rule for special tokens, which the config that is returned has on record.
-
-    Raises:
-        ConfigError: as `build_tokenizer`, or the model's vocabulary is too small for it.
-    """
-    tokenizer = build_tokenizer(config, start)
-    n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
-    assert isinstance(config.model, CausalLMConfig)
-    if n_ids > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids; write "
-            f"model.vocab_size={n_ids} or more (weights that are loaded get rows that are the mean of the others)"
-        )
-    special = with_rule_of(config.tokenizer, start.contents).special_tokens(tokenizer)
-    settled = {"add_bos": special.bos is not None, "parse_special_tokens": special.parse}
-    config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
-    _forget_secrets(config, tokenizer)
-    return config, tokenizer, special
+def load_reference(path: str, model: CausalLM, allow: list[str]) -> None:
+    """Load the weights of `load_path` into a model beside the one that is trained."""
+    if is_theirs(path):
+        hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=allow)
+    else:
+        load_model_only(read(path, "model"), model)
 
 
-def _forget_secrets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take what is not to be told out of what `save_pretrained` would write."""
-    said = config.disclosed()["tokenizer"]
-    assert isinstance(said, dict)
-    for key, value in config.tokenizer.kwargs.items():
-        if said["kwargs"][key] != value:
-            tokenizer.init_kwargs.pop(key, None)
-
-
-def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> TokenizerConfig:
-    """Settings of a tokenizer whose rule for special tokens, where it is left open, is that of a checkpoint.
-
-    A run that was saved before there was such a rule had no BOS token and parsed no special tokens. A converted
-    checkpoint that was not trained here leaves it to its tokenizer.
-    """
-    if contents is None:
-        return wanted
-    before = contents.config.get("tokenizer")
-    older = False if is_trained(contents) else None
-    update: dict[str, bool | None] = {}
-    for key in RULE:
-        if getattr(wanted, key) is None:
-            said = before.get(key) if isinstance(before, dict) else None
-            update[key] = said if isinstance(said, bool) else older
-    return wanted.model_copy(update=update)
-
-
-def _same_tokenizer(config: RunConfig, before: Mapping[str, object]) -> bool:
-    now = config.disclosed()["tokenizer"]
-    assert isinstance(now, dict)
-    return _without_rule(now) == _without_rule(before)
-
-
-def _without_rule(tokenizer: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in tokenizer.items() if key not in RULE}
-
-
-def is_trained(contents: Contents) -> bool:
-    """Whether a training run saved a checkpoint; otherwise it was converted."""
-    return "data" in contents.trainer
-
-
-def _another_tokenizer(asked: str, folder: Path, own: PreTrainedTokenizerBase) -> ConfigError:
-    return ConfigError(
-        f"tokenizer: {asked} is not the tokenizer of the weights, which is {folder} of {len(own)} entries; "
-        f"write tokenizer.name={folder}, or take another one on purpose: load_allow=[tokenizer]"
-    )
-
-
-def _tokenizer_of(start: Start) -> Path | None:
-    """The folder with the tokenizer of what a run begins from."""
-    if start.contents is not None:
-        return start.contents.tokenizer
-    if start.hugging_face is None or start.hugging_face.endswith(".gguf"):
-        return None
-    folder = locate(start.hugging_face)
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
-
-
-def generation_for(start: Start, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The generation_config.json of what a run begins from, unless its ids mean other tokens now."""
-    folder = _tokenizer_of(start)
-    if start.generation is None or folder is None:
-        return start.generation
-    before, now = tokenizer_of(folder), tokenizer.get_vocab()
-    assert before is not None
-    same = all(now.get(token) == number for token, number in before.get_vocab().items())
-    return start.generation if same else None
-
-
-def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = False) -> Start:
+def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) -> Start:
     """Compare the data of a run with that of the checkpoint that it continues: wherever it lies, its tokens count.
 
     Args:
@@ -308,31 +198,6 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = F
             "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
         )
     return start._replace(rows_anew=True)
-
-
-def train_state(contents: Contents) -> TrainState:
-    """How far the run was that saved a checkpoint.
-
-    Raises:
-        ConfigError: it was not saved by a training run.
-    """
-    state = contents.trainer.get("state")
-    if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
-        raise ConfigError(
-            f"{contents.place}: was not saved by a training run; to use its weights, set load_weights_only=true"
-        )
-    known = {field.name for field in fields(TrainState)}
-    return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})
-
-
-def clock_state(contents: Contents) -> tuple[float, float]:
-    """Seconds by the run's clock, at the end of the step before the last and of the last one."""
-    match contents.trainer.get("clock"):
-        case [int() | float() as before, int() | float() as seconds]:
-            return float(before), float(seconds)
-    steps = contents.trainer.get("seconds")  # a checkpoint of an earlier version has the time of its steps alone
-    trained = float(steps) if isinstance(steps, int | float) else 0.0
-    return trained, trained
 
 
 def command_to_continue() -> str:

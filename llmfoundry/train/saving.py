@@ -1,4 +1,4 @@
-"""When a checkpoint cannot be saved: the run goes on with the one before it, and stops after too many failures."""
+"""Handle failed saves: the run continues with the previous checkpoint, and stops after too many failures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STALL = "time/save_stall_seconds"  # in the line of the step after a save
 
 
 class Saver:
-    """Saves through a checkpointer and counts failures. All ranks call it together, and all count alike.
+    """Saves through a checkpointer and counts failures. All ranks call it together and count alike.
 
     Args:
-        failures_allowed: in a row; one more is an error.
+        failures_allowed: consecutive failures that are allowed; one more is an error.
     """
 
     def __init__(self, checkpointer: Checkpointer, failures_allowed: int) -> None:
@@ -31,15 +31,15 @@ class Saver:
         self._stalled: float | None = None  # seconds of the last `save`, until `stall` has told them
 
     def save(self, state: CheckpointState, sync: Callable[[], None]) -> None:
-        """Save a checkpoint; a failure is a warning, and the next call tries again.
+        """Save a checkpoint; after a failure, a warning is logged and the next call tries again.
 
-        A save that goes on in a thread is counted by the next call, where all ranks learn of it.
+        A save that continues in a thread is counted by the next call, in which all ranks learn its result.
 
         Args:
-            sync: called on rank 0 before; the save fails if it raises OSError.
+            sync: called on rank 0 before the save, which fails if it raises OSError.
 
         Raises:
-            SaveError: more saves than allowed have failed in a row.
+            SaveError: too many consecutive saves have failed.
         """
         start = time.perf_counter()
         for part in (self._finish, lambda: self._begin(state, sync)):
@@ -51,9 +51,9 @@ class Saver:
         self._stalled = time.perf_counter() - start
 
     def stall(self) -> Metrics:
-        """How long the last save kept the run from its next step, in seconds; nothing if that was told before.
+        """Seconds by which the last save delayed the next step; empty if already reported.
 
-        To be asked after that step, whose update may have waited for the copies.
+        Call it after that step, whose update may have waited for the copies.
         """
         stalled, self._stalled = self._stalled, None
         stage = self.checkpointer.stage
@@ -61,14 +61,14 @@ class Saver:
         return {} if stalled is None else {STALL: stalled + waited}
 
     def settle(self) -> None:
-        """Wait for a save in flight; one that fails is a warning."""
+        """Wait for a save in flight; if it fails, a warning is logged."""
         try:
             self._finish()
         except SaveError as error:
             log.warning("%s", error)
 
     def save_last(self, state: CheckpointState, sync: Callable[[], None]) -> None:
-        """Save what the run ends with, and wait until it is on disk.
+        """Save the final checkpoint, and wait until it is on disk.
 
         Raises:
             SaveError: it failed twice.
@@ -86,7 +86,7 @@ class Saver:
                 log.warning("%s; trying once more", message)
 
     def finish(self) -> None:
-        """Wait for what is still being uploaded when the run ends; raises SaveError."""
+        """Wait for uploads when the run ends; raises SaveError."""
         self._finish()
 
     def _finish(self) -> Path | str | None:
@@ -94,7 +94,7 @@ class Saver:
         return self.checkpointer.wait()
 
     def _begin(self, state: CheckpointState, sync: Callable[[], None]) -> bool:
-        """Save, or start a save that goes on in a thread; whether it is done."""
+        """Save, or start a save in a thread; returns whether it is complete."""
         runtime.on_rank0(sync)
         self.checkpointer.save(state)
         return not self.checkpointer.asynchronous

@@ -8,6 +8,7 @@ second step has the first one's factor again and every later one lags by a step;
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from pydantic import Field
 
 from llmfoundry.config import Choice, ConfigError
 from llmfoundry.train.duration import Duration, Timeline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,19 @@ class Schedule:
 
 
 class SchedulerConfig(Choice, tag="name"):
-    """Family root: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
+    """Base of the schedules: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
 
-    name: str  # the shape of the curve
-    t_warmup: Duration = Duration.parse("0ba")  # the learning rate rises from 0
-    t_max: Duration = Duration.parse("1dur")  # where the curve ends
-    composer_step: bool = False  # one step late, as Composer is
+    name: str  # shape of the schedule
+    t_warmup: Duration = Duration.parse("0ba")  # length of the linear warm-up from 0
+    t_max: Duration = Duration.parse("1dur")  # end of the schedule
+    composer_step: bool = False  # apply each value one step late, as Composer does
 
     def build(self, timeline: Timeline) -> Schedule:
-        """The schedule of a run.
+        """Build the schedule of a run.
 
         Raises:
-            ConfigError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`, or given in steps where
-                `max_duration` is a time, or the other way round.
+            ConfigError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`, or mix steps with wall-
+                clock times.
         """
         if self.composer_step and timeline.limit is not None:
             raise ConfigError("scheduler.composer_step: lags by a step, and max_duration is a time; leave it out")
@@ -69,10 +72,19 @@ class SchedulerConfig(Choice, tag="name"):
         return warmup, end
 
 
+def warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
+    """Warn if every step has learning rate 0: the first step of a warm-up has, and may be the only one."""
+    first = range(min(timeline.total_steps, 3))
+    if timeline.limit is None and not any(schedule.multiplier(step) for step in first):
+        log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
+                    "of a warm-up has 0 (t_warmup=%s): raise max_duration, or write scheduler.t_warmup=0ba",
+                    warmup)  # fmt: skip
+
+
 class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
     """Warm-up to `alpha`, then constant."""
 
-    alpha: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
+    alpha: float = Field(1.0, ge=0)  # factor on the optimizer's lr after warm-up
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, _ = self._warmup_and_end(timeline)
@@ -80,10 +92,10 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 
 
 class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
-    """Warm-up to `alpha_i`, then a straight line to `alpha_f` at `t_max`."""
+    """Warm-up to `alpha_i`, then linear to `alpha_f` at `t_max`."""
 
-    alpha_i: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    alpha_i: float = Field(1.0, ge=0)  # factor on the optimizer's lr after warm-up
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -100,7 +112,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
     Source: Loshchilov & Hutter 2016, SGDR, arXiv:1608.03983.
     """
 
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -117,10 +129,10 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
     The last `t_cooldown` before `t_max` is a straight line from there to `alpha_f_cooldown`.
     """
 
-    t_scale: Duration  # time in which the curve falls to 1 / sqrt(2) after warm-up
-    t_cooldown: Duration = Duration.parse("0ba")  # length of the straight line at the end
-    alpha_f_decay: float = Field(0.0, ge=0)  # times the optimizer's lr: what the curve tends to
-    alpha_f_cooldown: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    t_scale: Duration  # time after warm-up in which the factor falls to 1 / sqrt(2)
+    t_cooldown: Duration = Duration.parse("0ba")  # length of the linear decay at the end
+    alpha_f_decay: float = Field(0.0, ge=0)  # limit of the factor on the optimizer's lr
+    alpha_f_cooldown: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -144,13 +156,13 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
 class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
     """Warm-up to 1, constant, then down to `alpha_f` over the last `t_decay` before `t_max`.
 
-    `decay` is the shape of the way down: a straight line, or one minus the square root of the part gone
-    (Haegele et al. 2024, arXiv:2405.18392: the better of the two there).
+    `decay` is the shape of the decay: linear, or one minus the square root of the elapsed part
+    (Haegele et al. 2024, arXiv:2405.18392, who find it the better of the two).
     """
 
     t_decay: Duration  # length of the decay at the end
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
-    decay: Literal["linear", "1-sqrt"] = "linear"  # its shape
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
+    decay: Literal["linear", "1-sqrt"] = "linear"  # shape of the decay
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -178,7 +190,7 @@ def _unit(timeline: Timeline) -> str:
 
 
 def _part(step: int, start: int, end: int) -> float:
-    """How far `step` is from `start` (0) to `end` (1), staying at 1 after it."""
+    """The elapsed part between `start` (0) and `end` (1); 1 after the end."""
     return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
 
 

@@ -1,6 +1,6 @@
 """One optimizer step. Everything that changes the weights happens in `train_step`, in this order.
 
-What a step reports is known before the weights are updated, so the host can read it, and launch the next step, while a
+What a step reports is known before the weights are updated, so the host can read it and launch the next step while a
 GPU still updates them.
 
 Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E experts, K top_k.
@@ -33,7 +33,7 @@ CROSS_ENTROPY = Loss()
 
 
 class StepResult(NamedTuple):
-    """What a step did, the same on every rank. Nothing was read from the device."""
+    """The results of a step, the same on every rank, on the device."""
 
     ce: Tensor  # () nats per label, mean over the global batch; of DPO: of the chosen answers
     total: Tensor  # () with the auxiliary losses: what was differentiated
@@ -68,19 +68,20 @@ def train_step(
     Args:
         model: sharded or not.
         batch: this rank's rows, on its device.
-        microbatch_rows: rows of one forward; the last microbatch may be smaller.
-        max_grad_norm: None does not clip.
+        microbatch_rows: rows per forward; the last microbatch may be smaller.
+        max_grad_norm: None: no clipping.
         balance: how the experts' load is balanced; None for a dense model.
-        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number, and for dropout.
-        step: how many steps came before this one, for dropout.
-        n_sources: how many a mixture has; 0 for rows of a single one.
-        objective: what is minimised.
-        max_loss: nats per label, auxiliary losses included; a step with more is skipped, as one that is not finite.
-        together: when some rank runs out of memory before the update, all of them drop the step.
-        before_update: called with the result before the update is launched, to begin to read it.
+        noise_seed: seed of router jitter, which also depends on each row's number, and of dropout.
+        step: number of earlier steps, for dropout.
+        n_sources: number of a mixture's sources; 0 for a single dataset.
+        objective: the loss.
+        max_loss: nats per label, including auxiliary losses; a step with a higher loss is skipped, as one that is not
+            finite.
+        together: if some rank runs out of memory before the update, all of them drop the step.
+        before_update: called with the result before the update is launched, so that reading it can start.
 
     Raises:
-        runtime.OutOfMemory: `together`, and some rank ran out of memory; nothing has changed.
+        runtime.OutOfMemory: with `together`, some rank ran out of memory; nothing has changed.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
     own = torch.stack([*objective.units(batch), torch.full_like(batch.n_labels, batch.tokens.numel())])
@@ -120,7 +121,7 @@ def train_step(
 
 
 class _Counts(NamedTuple):
-    """Of the global batch."""
+    """Counts of the global batch."""
 
     units: Tensor  # () what the loss is a sum over
     labels: Tensor  # ()
@@ -136,7 +137,7 @@ def _accumulate(
     n_sources: int,
     seeding: Callable[[int], object],
 ) -> _Sums:
-    """Forward and backward of every microbatch: gradients, and this rank's sums."""
+    """Run forward and backward of every microbatch; returns this rank's sums."""
     references = [objective.reference(model, micro) for micro in microbatches]
     ce = torch.zeros((), dtype=torch.float32, device=counts.labels.device)
     total = torch.zeros_like(ce)
@@ -159,7 +160,7 @@ def _accumulate(
 
 
 def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:
-    """What is called before each forward of a microbatch, with its number: dropout then depends on nothing earlier."""
+    """Call the result with each microbatch's number before its forward: dropout then depends on nothing earlier."""
     if not model.config.has_dropout:
         return lambda number: None
     return lambda number: torch.manual_seed(runtime.seed_of("dropout", seed, step, runtime.rank(), number))
@@ -172,9 +173,9 @@ def _forwards(
     objective: Loss = CROSS_ENTROPY,
     seeding: Callable[[int], object] = lambda number: None,
 ) -> Iterator[tuple[Output, Tensor | None]]:
-    """Each microbatch's output, and the (L, E) loads for its balance loss (None: there is no such loss).
+    """Yield each microbatch's output, and the (L, E) loads for its balance loss (None: there is no such loss).
 
-    The caller runs the backward of one before it asks for the next. `Balance` says what the modes mean.
+    The caller runs the backward of one before it asks for the next. `Balance` explains the modes.
     """
 
     def run(number: int) -> Output:
@@ -212,7 +213,7 @@ def _forwards(
 
 @torch.no_grad()
 def _count(model: CausalLM, batch: Batch) -> Tensor:
-    """The (L, E) loads of a microbatch; a count needs no logits but those of the last token."""
+    """The (L, E) loads of a microbatch; counting needs no logits but those of the last token."""
     out: Output = model(
         batch.tokens, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows, last_only=True
     )
@@ -225,7 +226,7 @@ def _load(out: Output) -> Tensor:
 
 
 def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Tensor:
-    """The auxiliary losses of one microbatch, summed over its tokens; those of microbatches and ranks add up."""
+    """The auxiliary losses of one microbatch, summed over its tokens; they add up over microbatches and ranks."""
     loss = balance.z_loss_weight * z_loss(stats.z_sum)
     if load is None:
         return loss
@@ -233,7 +234,7 @@ def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Ten
 
 
 def _add_sources(sources: Tensor, out: Output, batch: Batch) -> None:
-    """Add the nats and labels of a microbatch to those of the sources of its rows."""
+    """Add a microbatch's nats and labels to the sums of its rows' sources."""
     if batch.sources is not None:
         assert out.nats is not None
         sources[0].index_add_(0, batch.sources, out.nats.sum(1, dtype=sources.dtype))
@@ -241,7 +242,7 @@ def _add_sources(sources: Tensor, out: Output, batch: Batch) -> None:
 
 
 class _Sums(NamedTuple):
-    """What is summed over ranks."""
+    """Values that are summed over ranks."""
 
     ce: Tensor
     total: Tensor
@@ -251,7 +252,7 @@ class _Sums(NamedTuple):
 
 
 def _sum_over_ranks(own: _Sums, square: Tensor) -> tuple[_Sums, Tensor]:
-    """All of a step's sums, and that of the squared gradients, in one all-reduce."""
+    """Sum all of a step's values, and the squared gradients, in one all-reduce."""
     parts = [*own[:4], *(own.router or ()), square]
     flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1).to(own.ce.device, torch.float64) for part in parts]))
     pieces = zip(flat.split([part.numel() for part in parts]), parts, strict=True)

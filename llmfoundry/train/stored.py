@@ -1,6 +1,6 @@
-"""A run whose `save_folder` is in a store: what of it is here, before it begins and when it ends.
+"""Runs whose `save_folder` is in a store: the local folder, before the run starts and when it ends.
 
-Its folder on this machine is a station: what the store has counts, but for a checkpoint that could not be uploaded.
+The store's contents count, except for a local checkpoint that could not be uploaded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def begin_from_store(store: RunStore, autoresume: bool) -> None:
-    """Make the folder of this machine what the store has; on rank 0, before anything looks at the folder.
+    """Make the local folder equal to the store's; on rank 0, before anything looks at the folder.
 
     Raises:
-        ConfigError: the store holds a run that is not to be resumed, or may not be read.
+        ConfigError: the store holds a run that must not be resumed, or may not be read.
     """
     files = store.files()
     names = {name.partition("/")[0] for name in files}
@@ -46,10 +46,10 @@ def begin_from_store(store: RunStore, autoresume: bool) -> None:
 
 
 def upload_outputs(store: RunStore) -> None:
-    """Upload what the run has written beside checkpoints; on rank 0, when it ends.
+    """Upload the run's files other than checkpoints; on rank 0, when it ends.
 
     Raises:
-        SaveError: it is here, and not in the store.
+        SaveError: the upload failed; the files are only on this machine.
     """
     try:
         store.push()
@@ -60,7 +60,7 @@ def upload_outputs(store: RunStore) -> None:
 
 
 def _is_ahead(store: RunStore) -> bool:
-    """Whether a checkpoint here is newer than all in the store."""
+    """Whether a local checkpoint is newer than all in the store."""
     newest = CheckpointFolder(store.folder / "checkpoints").newest()
     there = [number_of(Path(each.place).name) or (0, 0) for each in store.checkpoints()]
     return newest is not None and (number_of(newest.name) or (0, 0)) > max(there, default=(-1, 0))

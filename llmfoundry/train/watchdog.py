@@ -1,11 +1,11 @@
-"""A thread in each rank that notices when the run hangs: it writes down where, names the rank at fault, and ends it.
+"""A thread on each rank that detects a hang, writes down where the rank is, names the rank at fault, and exits.
 
     hang-rank-3.txt        when, after which step, and every thread's stack
     hang-rank-3-nccl.json  on GPUs: NCCL's flight recorder, with the collectives that have not ended
 
-When no step, evaluation batch or save has ended for too long on some rank, that rank calls the roll: each rank answers,
-by its own thread, with where its main thread is. At fault is who does not answer (stopped, or its host is
-gone) or is not in a collective; the others wait for it. Then the processes exit with 1, so that torchrun starts anew.
+When no step, evaluation batch or save has ended for too long on some rank, that rank asks all others: each one's thread
+answers where its main thread is. A rank is at fault if it does not answer (it is stopped, or its host is gone) or is
+not in a collective; the others wait for it. Then the processes exit with 1, so that torchrun can restart.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its
 
 
 class Limits(NamedTuple):
-    """Seconds without a sign of life."""
+    """Seconds without progress after which a rank counts as hanging."""
 
     step: float  # within a step but the first
     other: float  # anywhere else; 0 in both watches nothing
@@ -63,7 +63,7 @@ def limits(hang_timeout: float | None, collective: float) -> Limits:
     """The limits of a run.
 
     Args:
-        hang_timeout: for everything, where the YAML gives it.
+        hang_timeout: for everything, if the YAML sets it.
         collective: the timeout of collectives in steps.
     """
     if hang_timeout is not None:
@@ -72,7 +72,7 @@ def limits(hang_timeout: float | None, collective: float) -> Limits:
 
 
 class Answer(NamedTuple):
-    """Of a rank when the roll is called."""
+    """A rank's answer when it is asked where it is."""
 
     waits: bool  # for other ranks
     where: str
@@ -101,13 +101,13 @@ class Watchdog:
 
     @property
     def poll(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between checks."""
         return min(POLL, min(self._allowed) / 4)
 
     def start(self) -> None:
-        """Begin to answer when another rank calls the roll; the thread that calls this is watched from `beat` on.
+        """Start answering other ranks; the calling thread is watched from the first `beat` on.
 
-        Nothing says how long it takes to tokenise, or to load: until then, a timeout of collectives ends a hang.
+        The time for tokenizing or loading is not limited: until then, the timeout of a collective ends a hang.
         """
         if min(self._allowed) > 0:
             self._main = threading.get_ident()
@@ -116,29 +116,29 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, doing: str, in_step: bool = False) -> None:
-        """The run goes on; what it does next, and whether that is a step that compiles nothing."""
+        """Record progress; `what` comes next, and whether it is a step that compiles nothing."""
         self._beaten, self._doing = time.monotonic(), doing
         self._seconds = self._allowed.step if in_step else self._allowed.other
 
     def phase(self, doing: str) -> None:
-        """What the main thread does now, without a sign that the run goes on."""
+        """Record what the main thread does, without counting it as progress."""
         self._doing = doing
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop watching."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def named(self, at: str, error: Exception) -> RunError | None:
-        """The failure of a collective, with the rank that it was waiting for; None for any other error."""
+        """The failure of a collective, naming the rank that it waited for; None for any other error."""
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
             return None
         return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
 
     def verdict(self) -> str:
-        """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if it is not known."""
+        """Ask all ranks, and say which one is at fault; every asker gets the same answer. Empty if unknown."""
         if self._store is None or self._thread is None:
             return ""
         self._failed = threading.get_ident() == self._main
@@ -204,7 +204,7 @@ class Watchdog:
         self._store.set(f"hang/rank-{launch.rank()}", json.dumps(self._here()))
 
     def _judge(self) -> str:
-        """Which ranks are at fault; asked on one rank alone, for it asks about every other."""
+        """Which ranks are at fault; called on one rank, which asks all others."""
         assert self._store is not None
         silent, busy = [], []
         for rank in range(launch.world_size()):
@@ -224,7 +224,7 @@ class Watchdog:
         return self._folder / f"hang-rank-{launch.rank()}.txt"
 
     def _write(self, why: str) -> None:
-        """Write the stacks down; once."""
+        """Write the stacks down, once."""
         if self._written:
             return
         self._written = True
@@ -248,7 +248,7 @@ class Watchdog:
 
 
 def _frames(thread: int) -> list[FrameType]:
-    """Where a thread is, the innermost frame first."""
+    """The frames of a thread, innermost first."""
     frames: list[FrameType] = []
     frame = sys._current_frames().get(thread)
     while frame is not None:
@@ -258,7 +258,7 @@ def _frames(thread: int) -> list[FrameType]:
 
 
 def _passes_on(frame: FrameType) -> bool:
-    """Whether a frame is of what many parts of a run talk through: it says nothing of who waits."""
+    """Whether a frame belongs to code that many parts of a run communicate through, which does not show who waits."""
     return frame.f_globals.get("__name__") in ("llmfoundry.tree", "llmfoundry.runtime")
 
 

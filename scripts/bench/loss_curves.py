@@ -1,10 +1,11 @@
-"""Train the same steps with each backend of the experts, or in each precision, and compare their loss curves.
+"""Train the same steps with each backend of the experts, precision or optimizer state, and compare their loss curves.
 
     python scripts/bench/loss_curves.py yamls/olmoe-1b-7b.yaml model.n_layers=2 variables.data=FOLDER_OF_TEXT ...
 
-Same weights, same batches, one process. Two correct backends differ by the rounding of their dtype, and a run
-amplifies that; so `triton` is held against `reference` beside `grouped_mm` against `reference`, and `amp_fp8` against
-`amp_bf16` beside other weights, drawn from another seed, against `amp_bf16`.
+All runs start from the same weights and read the same batches, in one process. Two correct backends differ by the
+rounding of their dtype, and training amplifies the difference. So `triton` is compared with `reference` beside
+`grouped_mm` with `reference`. Precisions and optimizer states are compared with the default beside a run of the default
+from another seed: other initial weights and another order of the data.
 """
 
 from __future__ import annotations
@@ -23,12 +24,21 @@ from llmfoundry.cli.command import read_run_config
 from llmfoundry.train.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = {  # the first of each is what the others are held against
+ANOTHER_SEED = ["seed=18", "train_loader.dataset.shuffle_seed=17"]
+RUNS = {  # the others are compared with the first of each
     "backends": {name: [f"model.ffn_config.moe_impl={name}"] for name in ("reference", "grouped_mm", "triton")},
     "precisions": {
         "amp_bf16": ["precision=amp_bf16"],
-        "amp_bf16, another seed": ["precision=amp_bf16", "seed=18", "train_loader.dataset.shuffle_seed=17"],
+        "amp_bf16, another seed": ["precision=amp_bf16", *ANOTHER_SEED],
         "amp_fp8": ["precision=amp_fp8"],
+    },
+    "states": {
+        "fp32": [],
+        "fp32, another seed": ANOTHER_SEED,
+        "bf16 moments": ["optimizer.state_dtype=bf16"],
+        "int8 moments": ["optimizer.state_dtype=int8"],
+        "bf16_sr weights": ["optimizer.master_weights=bf16_sr"],
+        "bf16_sr weights, bf16 moments": ["optimizer.master_weights=bf16_sr", "optimizer.state_dtype=bf16"],
     },
 }
 
@@ -58,7 +68,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--of", choices=list(RUNS), default="backends")
-    parser.add_argument("--out", type=Path, help="default: scripts/bench/results/loss_curves.json, or _of_precisions")
+    parser.add_argument(
+        "--out", type=Path, help="default: scripts/bench/results/loss_curves.json, or loss_curves_of_*.json"
+    )
     args = parser.parse_intermixed_args()
     name = "loss_curves.json" if args.of == "backends" else f"loss_curves_of_{args.of}.json"
     out = args.out or ROOT / "scripts" / "bench" / "results" / name

@@ -1,1 +1,1 @@
-"""One file for each architecture family; `family.py` says what is in it."""
+"""One file per architecture family; see `llmfoundry/hf/family.py`."""

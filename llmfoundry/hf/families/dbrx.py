@@ -1,7 +1,7 @@
-"""DBRX: LayerNorm without biases, clipped queries, keys and values, and all experts' rows in one matrix.
+"""DBRX: LayerNorm without biases, clipped q, k and v, and all experts' rows in one matrix.
 
-Published checkpoints say `rope_theta` in `attn_config`, which `transformers` 5 passes over for its own setting at the
-top. Here the published one counts where the other is left at its default; two that differ are an error.
+Published checkpoints store `rope_theta` in `attn_config`, but `transformers` 5 only reads its own top-level setting.
+Here `attn_config.rope_theta` is used if the top-level setting is at its default; two different values are an error.
 Source: Databricks 2024, DBRX.
 """
 
@@ -19,7 +19,7 @@ _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_wor
 
 
 class Dbrx(Family):
-    """Every layer is a mixture."""
+    """The DBRX family; every layer is a mixture."""
 
     model_type = "dbrx"
     title = "DBRX"
@@ -29,7 +29,7 @@ class Dbrx(Family):
     sizes = {key: key for key in _SIZES}
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         attention, ffn = theirs.part("attn_config"), theirs.part("ffn_config")
         rope = rope_of(theirs["rope_parameters"])
         published = float(attention["rope_theta"] or _DEFAULT_THETA)  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ class Dbrx(Family):
                 f"config.json: rope_parameters.rope_theta={rope['rope_theta']} and attn_config.rope_theta={published} "
                 "differ; keep one"
             )
-        ffn["hidden_size"]  # always d_model
+        ffn["hidden_size"]  # always equal to d_model
         activation, top_k = ffn["ffn_act_fn"], ffn.int("moe_top_k")
         assert isinstance(activation, dict)
         data = {
@@ -71,7 +71,7 @@ class Dbrx(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         attention, moe = config.attention, as_mixture(config.ffn(0))
         if not isinstance(attention, GroupedQueryConfig) or not attention.rope:
             raise ConfigError("rotary softmax attention")
@@ -97,7 +97,7 @@ class Dbrx(Family):
         }
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         for layer in range(config.n_layers):
             ours, theirs = f"blocks.{layer}", f"transformer.blocks.{layer}"
@@ -113,7 +113,7 @@ class Dbrx(Family):
             pieces.add("lm_head.weight", self.head)
 
     def _add_experts(self, pieces: Pieces, ours: str, theirs: str) -> None:
-        """w1 is the gate, v1 the other half, and w2 is stored as w1 is: (E F, D), ours transposed."""
+        """Map the experts. w1 is the gate, v1 the up projection; all three are (E F, D), so w2 is transposed."""
         n_experts, _, hidden = pieces.shapes[f"{ours}.w2"]
         for e in range(n_experts):
             there = (slice(e * hidden, None),)

@@ -1,7 +1,7 @@
-"""DeepSeek-V2 and V3: attention over latents, and many small experts beside shared ones that every token meets.
+"""DeepSeek-V2 and V3: multi-head latent attention, and many small experts beside shared experts.
 
-V2 chooses experts by softmax, V3 by sigmoid plus a bias that keeps the load even; both may choose groups of them first.
-The latents' norms have an eps of 1e-6 whatever `rms_norm_eps` says, in ours as in theirs.
+V2 scores experts by softmax, V3 by sigmoid plus a bias that balances the load; both may first choose groups of experts.
+The latents' norms use an eps of 1e-6 whatever `rms_norm_eps` is, here and in the Hugging Face code.
 Source: DeepSeek-AI 2024, arXiv:2405.04434 and arXiv:2412.19437.
 """
 
@@ -25,15 +25,15 @@ _LINEAR = {
 
 
 class _DeepSeek(Decoder):
-    """What both have. The first layers are dense, all others mixtures."""
+    """What V2 and V3 share. The first layers are dense, all others mixtures."""
 
     layouts = ("each", "stacked")
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         bias = bool(theirs["attention_bias"])
         theirs.must_be("num_key_value_heads", theirs["num_attention_heads"])
-        theirs["head_dim"]  # set by their code, to qk_rope_head_dim
+        theirs["head_dim"]  # always qk_rope_head_dim in the Hugging Face code
         data = {
             **self.sizes_of(theirs),
             "norm_type": "rmsnorm",
@@ -48,11 +48,11 @@ class _DeepSeek(Decoder):
         return check(CausalLMConfig, data, where="config.json")
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """What `attn_config` says beyond sizes, biases and rotation."""
+        """Return the keys of `attn_config` beyond sizes, biases and RoPE."""
         return {}
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         attention = config.attention
         mixtures = [ffn for ffn in map(config.ffn, range(config.n_layers)) if isinstance(ffn, MoEConfig)]
         if not isinstance(attention, LatentConfig) or not mixtures:
@@ -84,18 +84,18 @@ class _DeepSeek(Decoder):
         }
 
     def their_mixture(self, attention: LatentConfig, moe: MoEConfig) -> ConfigDict:
-        """The inverse of `attention` and `ffn`. Servers read keys here that `transformers` has no need of."""
+        """Return the inverse of `attention` and `ffn`, including keys that only inference servers read."""
         raise NotImplementedError
 
     def add_attention(self, config: CausalLMConfig, pieces: Pieces, ours: str, theirs: str) -> None:
-        """Every tensor has the same shape in both."""
+        """Map the attention tensors; all have the same shape on both sides."""
         for name, their_name in _LINEAR.items():
             for kind in ("weight", "bias"):
                 if f"{ours}.{name}.{kind}" in pieces.shapes:
                     pieces.add(f"{ours}.{name}.{kind}", f"{theirs}.{their_name}.{kind}")
 
     def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
-        """With the shared experts, which are one block, and V3's bias."""
+        """Map the experts, the shared experts, which are one dense block, and V3's bias."""
         super().add_mixture(ffn, pieces, ours, theirs, layout)
         self.add_gated(pieces, f"{ours}.shared_expert", f"{theirs}.mlp.shared_experts")
         if f"{ours}.router.expert_bias" in pieces.shapes:
@@ -103,17 +103,17 @@ class _DeepSeek(Decoder):
 
 
 class DeepSeekV2(_DeepSeek):
-    """Scores are a softmax, never normalised; a group counts by its best expert."""
+    """The DeepSeek-V2 family: softmax scores, never normalized; a group is ranked by its best expert."""
 
     model_type = "deepseek_v2"
     title = "DeepSeek-V2"
     architecture = "DeepseekV2ForCausalLM"
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The choice of experts."""
+        """Return the routing keys of `ffn_config`."""
         _one_of(theirs, "scoring_func", "softmax", None)
-        _one_of(theirs, "norm_topk_prob", False, None)  # `transformers` passes over it, the authors' code does not
-        _one_of(theirs, "mlp_bias", False)  # dense and shared blocks would have biases, experts none
+        _one_of(theirs, "norm_topk_prob", False, None)  # `transformers` ignores it, the authors' code does not
+        _one_of(theirs, "mlp_bias", False)  # it would give biases to dense and shared blocks, but not to experts
         _one_of(theirs, "topk_method", "greedy", "group_limited_greedy")
         groups = theirs["n_group"], theirs["topk_group"]
         if theirs["topk_method"] == "greedy":
@@ -121,7 +121,7 @@ class DeepSeekV2(_DeepSeek):
         return dict(zip(("moe_n_groups", "moe_topk_groups"), groups, strict=True))
 
     def their_mixture(self, attention: LatentConfig, moe: MoEConfig) -> ConfigDict:
-        """The choice of experts."""
+        """Return the Hugging Face routing settings."""
         if not attention.rope_interleaved:
             raise ConfigError("attn_config.rope_interleaved=False")
         return {
@@ -132,10 +132,10 @@ class DeepSeekV2(_DeepSeek):
 
 
 class DeepSeekV3(_DeepSeek):
-    """Scores are sigmoids; a group counts by its two best experts. `e_score_correction_bias` is our `expert_bias`.
+    """The DeepSeek-V3 family: sigmoid scores; a group is ranked by its two best experts.
 
-    A published checkpoint has one layer more, which predicts the token after next and has a projection of its own by
-    which it is known: `transformers` passes over it, and so do we.
+    `e_score_correction_bias` is llmfoundry's `expert_bias`. Published checkpoints have one more layer, for multi-token
+    prediction, which has an `eh_proj`. It is ignored, as in `transformers`.
     """
 
     model_type = "deepseek_v3"
@@ -143,21 +143,21 @@ class DeepSeekV3(_DeepSeek):
     architecture = "DeepseekV3ForCausalLM"
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """All but the predictor's."""
+        """Return all weights except those of the multi-token prediction layer."""
         found, predictor = super().weights(names, config), f"model.layers.{config.n_layers}."
         if f"{predictor}eh_proj.weight" not in found:
             return found
         return {name for name in found if not name.startswith(predictor)}
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """How dims pair up."""
+        """Return whether RoPE rotates adjacent dims."""
         return {"rope_interleaved": bool(theirs["rope_interleave"])}
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The choice of experts. A finished model's bias stays, unless the file came from us and says otherwise."""
+        """Return the routing keys of `ffn_config`. The bias is frozen unless the file has llmfoundry's update rate."""
         _one_of(theirs, "scoring_func", "sigmoid", None)
         _one_of(theirs, "topk_method", "noaux_tc", None)
-        for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # one setting by two names; none is built here
+        for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # two names of one setting; not built here
             theirs[key]
         return {
             "moe_score_fn": "sigmoid",
@@ -168,7 +168,7 @@ class DeepSeekV3(_DeepSeek):
         }
 
     def their_mixture(self, attention: LatentConfig, moe: MoEConfig) -> ConfigDict:
-        """The choice of experts."""
+        """Return the Hugging Face routing settings."""
         return {
             "rope_interleave": attention.rope_interleaved,
             "topk_method": "noaux_tc",
@@ -180,7 +180,7 @@ class DeepSeekV3(_DeepSeek):
 
 
 def _mixture_of(theirs: Theirs) -> dict[str, object]:
-    """What both mixtures say. `transformers` has no balance loss for them."""
+    """Return the `ffn_config` keys that V2 and V3 share. `transformers` has no balance loss for them."""
     _one_of(theirs, "moe_layer_freq", 1, None)
     hidden, n_shared = theirs.int("moe_intermediate_size"), theirs.int("n_shared_experts")
     dense = theirs.int("first_k_dense_replace")

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases, and matrices stored as (in, out), ours transposed.
+"""GPT-2: learned positions, LayerNorm, biases, and matrices stored as (in, out), transposed relative to llmfoundry's.
 
 Source: Radford et al. 2019.
 """
@@ -17,7 +17,7 @@ _NORMS = {"norm_1": "ln_1", "norm_2": "ln_2"}
 
 
 class GPT2(Family):
-    """A dense model. Its `attn.bias` tensors, of old files, are masks and no weights."""
+    """The GPT-2 family. The `attn.bias` tensors in old files are masks, not weights."""
 
     model_type = "gpt2"
     title = "GPT-2"
@@ -31,7 +31,7 @@ class GPT2(Family):
     buffers = r".*\.attn\.(masked_)?bias"
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         theirs.must_be("scale_attn_weights", True)
         theirs.must_be("scale_attn_by_inverse_layer_idx", False)
         theirs.must_be("add_cross_attention", False)
@@ -49,20 +49,20 @@ class GPT2(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         if not isinstance(config.attention, GroupedQueryConfig) or not config.has_learned_positions:
             raise ConfigError("learned positions")
         activation = activation_to(config.ffn(0))
         return {
             **self.sizes_to(config),
-            "n_ctx": config.max_seq_len,  # llama.cpp's name of n_positions
+            "n_ctx": config.max_seq_len,  # llama.cpp's name for n_positions
             "n_inner": config.ffn(0).ffn_hidden_size,
             "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
             "initializer_range": config.init_config.init_std or 0.02,
         }
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         pieces.add("wpe.weight", "transformer.wpe.weight")
         for layer in range(config.n_layers):

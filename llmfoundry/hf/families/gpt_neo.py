@@ -20,7 +20,7 @@ _KINDS = ("global", "local")
 
 
 class GPTNeo(Family):
-    """A dense model. Its `attn.attention.bias` tensors, of old files, are masks and no weights."""
+    """The GPT-Neo family. The `attn.attention.bias` tensors in old files are masks, not weights."""
 
     model_type = "gpt_neo"
     title = "GPT-Neo"
@@ -35,9 +35,9 @@ class GPTNeo(Family):
     buffers = r".*\.attn\.attention\.(masked_)?bias"
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         for key in ("attention_types", "resid_dropout", "embed_dropout", "classifier_dropout"):
-            theirs[key]  # the first is read below as they expand it; the others act in training only
+            theirs[key]  # the first is expanded to attention_layers; the others only affect training
         kinds, window = theirs["attention_layers"], theirs.int("window_size")
         if not isinstance(kinds, list) or not set(kinds) <= set(_KINDS) or len(kinds) != theirs.int("num_layers"):
             raise ConfigError(f"config.json: attention_layers={kinds!r} must name global or local for each layer")
@@ -56,7 +56,7 @@ class GPTNeo(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         if not isinstance(config.attention, GroupedQueryConfig) or not config.has_learned_positions:
             raise ConfigError("learned positions")
         windows = [config.window(layer) for layer in range(config.n_layers)]
@@ -76,7 +76,7 @@ class GPTNeo(Family):
         }
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         pieces.add("wpe.weight", "transformer.wpe.weight")
         for layer in range(config.n_layers):

@@ -1,6 +1,7 @@
-"""gpt-oss: biases everywhere, attention sinks, windows in every other layer, and a clamped gated unit.
+"""gpt-oss: biases everywhere, attention sinks, windows in every other layer, and a clamped SwiGLU.
 
-Gate and up of an expert are interleaved columns of one matrix, (E, D, 2F), which is ours transposed.
+The gate and up projections of an expert are interleaved columns of one matrix (E, D, 2F), transposed relative to
+llmfoundry's.
 Source: OpenAI 2025, arXiv:2508.10925.
 """
 
@@ -18,7 +19,7 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 class GptOss(Decoder):
-    """Its published weights are quantised; it is the bfloat16 ones that are read and written."""
+    """The gpt-oss family. Only unquantized (bfloat16) weights are read and written, not the published MXFP4 ones."""
 
     model_type = "gpt_oss"
     title = "gpt-oss"
@@ -26,15 +27,15 @@ class GptOss(Decoder):
     names = Decoder.names | {"router": "mlp.router"}
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """With sinks."""
+        """Return the attention settings, with sinks."""
         return super().attention(theirs) | {"sinks": True}
 
     def windows(self, theirs: Theirs) -> list[int]:
-        """As `layer_types` says."""
+        """Return the window of each layer, from `layer_types`."""
         return windows_of(theirs["layer_types"], theirs["sliding_window"])
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The mixture; the softmax over the chosen experts' logits is their scores, normalised."""
+        """Return the MoE settings. A softmax over the selected logits equals normalized softmax scores."""
         theirs.must_be("swiglu_alpha", SWIGLU_OSS_ALPHA)
         return mixture_of(theirs, "num_local_experts", "intermediate_size") | {
             "ffn_act_fn": {"name": "swiglu_oss"},
@@ -45,20 +46,20 @@ class GptOss(Decoder):
         }
 
     def their_activation(self, ffn: FFNConfig) -> str:
-        """`hidden_act` is without effect there, and always silu."""
+        """Return silu: `hidden_act` is ignored by the Hugging Face code, which always uses its own activation."""
         if ffn.ffn_act_fn.key != "swiglu_oss":
             raise ConfigError(f"ffn_act_fn.name={ffn.ffn_act_fn.name}")
         return "silu"
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Biases and windows. Their code asks for a window where no layer has one: it is the whole context then."""
+        """Return biases and windows. If no layer has a window, `sliding_window`, which is required, is max_seq_len."""
         types, window = windows_to(config)
         return super().their_attention(attention, config) | {
             "layer_types": types, "sliding_window": window or config.max_seq_len,
         }  # fmt: skip
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """The mixture."""
+        """Return the MoE settings."""
         moe = as_mixture(ffn)
         return mixture_to(moe, "num_local_experts", "intermediate_size") | {
             "swiglu_alpha": SWIGLU_OSS_ALPHA,
@@ -66,7 +67,7 @@ class GptOss(Decoder):
         }
 
     def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
-        """The interleaved, transposed experts."""
+        """Map the interleaved, transposed experts."""
         hidden = pieces.shapes[f"{ours}.experts.w2"][2]
         every, gate, up = slice(None), slice(0, hidden), slice(hidden, 2 * hidden)
         even, odd = slice(0, None, 2), slice(1, None, 2)

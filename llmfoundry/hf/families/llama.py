@@ -1,4 +1,4 @@
-"""Llama (also SmolLM and all that were saved as Llama), and Mistral: the same with a window.
+"""Llama (also SmolLM and other models saved as Llama), and Mistral, which adds a sliding window.
 
 Source: Touvron et al. 2023, arXiv:2307.09288; Jiang et al. 2023, arXiv:2310.06825.
 """
@@ -14,38 +14,38 @@ from llmfoundry.model.transformer import CausalLMConfig
 
 
 class Llama(Decoder):
-    """Biases in attention or in the feed-forward block are settings."""
+    """The Llama family. Attention and feed-forward blocks may have biases."""
 
     model_type = "llama"
     title = "Llama"
     architecture = "LlamaForCausalLM"
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """A gated block."""
+        """Return the settings of the gated block, with its bias."""
         return super().ffn(theirs) | {"bias": theirs["mlp_bias"]}
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """A gated block."""
+        """Return the Hugging Face settings of the gated block, with its bias."""
         return super().their_ffn(ffn, config) | {"mlp_bias": bool(ffn.bias)}
 
 
 class Mistral(Decoder):
-    """No biases; all layers may have one window."""
+    """The Mistral family: no biases, and one optional window for all layers."""
 
     model_type = "mistral"
     title = "Mistral"
     architecture = "MistralForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """No biases."""
+        """Return no settings: there are no biases."""
         return {}
 
     def windows(self, theirs: Theirs) -> list[int]:
-        """The same for all layers."""
+        """Return the window of all layers."""
         return [window_of(theirs["sliding_window"])]
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """The window."""
+        """Return the Hugging Face window."""
         types, window = windows_to(config)
         if window is not None and "full_attention" in types:
             raise ConfigError("attn_window_pattern")
@@ -53,5 +53,5 @@ class Mistral(Decoder):
 
 
 def window_of(sliding_window: object) -> int:
-    """Our window: theirs counts the token itself, and null is all."""
+    """Return llmfoundry's window. The Hugging Face window includes the current token; null means no window."""
     return sliding_window - 1 if isinstance(sliding_window, int) else FULL

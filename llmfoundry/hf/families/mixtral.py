@@ -1,4 +1,4 @@
-"""Mixtral: Mistral whose feed-forward block is a mixture of whole ones.
+"""Mixtral: Mistral with a mixture of experts in place of the feed-forward block.
 
 Source: Jiang et al. 2024, arXiv:2401.04088.
 """
@@ -15,7 +15,7 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 class Mixtral(Mistral):
-    """A token's weights sum to 1. `router_jitter_noise` also reaches the experts there, and only the router here."""
+    """The Mixtral family. In `transformers`, `router_jitter_noise` also affects the experts; here, only the router."""
 
     model_type = "mixtral"
     title = "Mixtral"
@@ -26,20 +26,20 @@ class Mixtral(Mistral):
     }  # fmt: skip
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The mixture."""
+        """Return the MoE settings."""
         jitter = theirs["router_jitter_noise"] or None
         return mixture_of(theirs, "num_local_experts", "intermediate_size") | {
             "moe_normalize_expert_weights": 1.0, "moe_jitter_eps": jitter,
         }  # fmt: skip
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """The mixture."""
+        """Return the Hugging Face MoE settings."""
         said = mixture_to(ffn, "num_local_experts", "intermediate_size")
         assert isinstance(ffn, MoEConfig)
         return said | {"router_jitter_noise": ffn.moe_jitter_eps or 0.0}
 
     def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
-        """Stacked experts go by other names than single ones."""
+        """Map the experts; stacked ones have other names than single ones."""
         if layout != "stacked":
             super().add_mixture(ffn, pieces, ours, theirs, layout)
             return

@@ -1,7 +1,7 @@
-"""MPT: ALiBi, LayerNorm, no biases, and tensors that are named and laid out as ours are.
+"""MPT: ALiBi, LayerNorm, no biases, and tensors in llmfoundry's layout under nearly the same names.
 
-`transformers` reads little of what an MPT config can say: here a setting that it passes over must have the value that
-it works by. What LLM Foundry itself has written is read in full, by mpt_foundry.py.
+`transformers` ignores many MPT settings. Here an ignored setting must have the value that the `transformers` code uses.
+Checkpoints that LLM Foundry itself wrote are read in full, by mpt_foundry.py.
 Source: MosaicML 2023, MPT-7B; Press et al. 2021, arXiv:2108.12409.
 """
 
@@ -20,18 +20,18 @@ _NAMES = {
     "norm_1": "norm_1", "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj",
     "norm_2": "norm_2", "ffn.w1": "ffn.up_proj", "ffn.w2": "ffn.down_proj",
 }  # fmt: skip
-# What their code does, whatever the config says.
+# What the `transformers` code does, whatever the config says.
 _ATTENTION: ConfigDict = {
     "attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False,
 }  # fmt: skip
 _MODEL: ConfigDict = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None, "embedding_fraction": 1.0}
 _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings"
-_WORDS = {"block_overrides", "fc_type", "ffn_config", "norm_eps"}  # of LLM Foundry's configs alone
-_NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
+_WORDS = {"block_overrides", "fc_type", "ffn_config", "norm_eps"}  # keys that only LLM Foundry writes
+_NORMS = "low_precision_layernorm", "layernorm"  # treated alike by `transformers`
 
 
 def is_foundrys(data: Mapping[str, object]) -> bool:
-    """Whether a config.json is LLM Foundry's: by its class or its words, and not one of `transformers`."""
+    """Return whether LLM Foundry rather than `transformers` wrote a config.json, judging by its class or its keys."""
     if data.get("model_type") != "mpt":
         return False
     architectures = data.get("architectures")
@@ -42,7 +42,7 @@ def is_foundrys(data: Mapping[str, object]) -> bool:
 
 
 class MPT(Family):
-    """A dense model."""
+    """The dense MPT family of `transformers`."""
 
     model_type = "mpt"
     title = "MPT"
@@ -52,11 +52,11 @@ class MPT(Family):
     sizes = {key: key for key in _SIZES} | {"norm_eps": "layer_norm_epsilon"}
 
     def reads(self, data: Mapping[str, object]) -> bool:
-        """Those that say `transformers`' class, or none."""
+        """Return whether the config is an MPT one that LLM Foundry did not write."""
         return super().reads(data) and not is_foundrys(data)
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         attention = theirs.part("attn_config")
         for key, value in _ATTENTION.items():
             attention.must_be(key, value)
@@ -64,7 +64,7 @@ class MPT(Family):
             theirs.must_be(key, value)
         if theirs["norm_type"] not in _NORMS:
             raise ConfigError(f"config.json: norm_type={theirs['norm_type']!r} is not supported, only {_NORMS}")
-        # Without effect: ALiBi goes before learned positions, and the others are of speed and loading.
+        # No effect: ALiBi overrides learned positions, and the others concern speed and loading.
         for part, key in ((theirs, "learned_pos_emb"), (theirs, "init_device"), (attention, "attn_impl")):
             part[key]
         data = {
@@ -84,12 +84,12 @@ class MPT(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings; what they have no words for shows when they are read back."""
+        """Convert an llmfoundry config to Hugging Face settings; `write_config` finds what they cannot express."""
         attention = config.attention
         if not isinstance(attention, GroupedQueryConfig) or not attention.alibi:
             raise ConfigError("attn_config.alibi")
         return {
-            "architectures": ["MPTForCausalLM", self.architecture],  # servers know the first, its authors' name
+            "architectures": ["MPTForCausalLM", self.architecture],  # inference servers know the first
             **self.sizes_to(config),
             **_MODEL,
             "norm_type": _NORMS[0],
@@ -103,7 +103,7 @@ class MPT(Family):
         }
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         for layer in range(config.n_layers):
             for ours, theirs in _NAMES.items():

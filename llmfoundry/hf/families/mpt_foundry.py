@@ -1,7 +1,7 @@
-"""MPT as LLM Foundry's own code saves it, read whole from config.json: our YAML has the words of that project.
+"""MPT checkpoints as LLM Foundry's own code saves them; llmfoundry's YAML uses the same keys.
 
-Learned positions, ALiBi or rotary positions, grouped heads, biases, gated blocks, and MegaBlocks' mixtures. No code of
-the folder runs. Nothing leaves in this layout unless it is asked for: only LLM Foundry reads it.
+Supports learned positions, ALiBi, RoPE, grouped-query attention, biases, gated blocks, and MegaBlocks' mixtures. No
+code from the folder is run. This format is only written on request, because only LLM Foundry reads it.
 Source: LLM Foundry v0.22, models/mpt; MegaBlocks 0.10, layers.
 """
 
@@ -24,7 +24,7 @@ from llmfoundry.moe.layer import MoEConfig
 
 _NORMS = "norm_1", "norm_2"
 _WRAPPER = "norm_attn_norm"
-# Of no concern for what the model computes: dropout, devices, kernels, balance, and how a mixture was spread.
+# Settings that do not affect what the model computes: dropout, devices, kernels, balance loss, parallelism.
 _DROPPED = {
     "init_device", "use_pad_tok_in_ffn", "loss_fn", "verbose", "tokenizer_name", "name", "fuse_norm_attn_norm",
     "param_init_fn", "init_nonlinearity",
@@ -37,7 +37,7 @@ _DROPPED_FFN = {
     "moe_lbl_in_fp32", "moe_zloss_in_fp32", "num_layers", "hidden_size", "init_method", "output_layer_init_method",
     "lbl_process_group", "bias",
 }  # fmt: skip
-# Settings without a word here, and the values by which they change nothing.
+# Settings that are not supported here, and the values at which they have no effect.
 _NEUTRAL_ATTENTION: dict[str, tuple[Value, ...]] = {
     "prefix_lm": (None, False), "nope": (None, False), "kv_dim": (None,), "seq_parallel_world_size": (None, 1),
     "reuse_kv_layer_idx": (None,), "reuse_kv_x_layer_idx": (None,),
@@ -51,9 +51,9 @@ _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_wor
 
 
 class FoundryMPT(Family):
-    """A dense model or a mixture."""
+    """LLM Foundry's MPT: a dense model or a mixture."""
 
-    model_type = "mpt_foundry"  # the name to ask for it; its config.json says mpt
+    model_type = "mpt_foundry"  # for requests by name; its config.json says mpt
     title = "LLM Foundry's MPT"
     architecture = "MPTForCausalLM"
     prefix = "transformer."
@@ -63,11 +63,11 @@ class FoundryMPT(Family):
     turn = None
 
     def reads(self, data: Mapping[str, object]) -> bool:
-        """Those that say LLM Foundry's class."""
+        """Return whether LLM Foundry wrote the config."""
         return is_foundrys(data)
 
     def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
-        """Our config; what is left out has LLM Foundry's default, which mostly is ours."""
+        """Convert a config.json to an llmfoundry config. Missing keys get the defaults of LLM Foundry."""
         said = cast(ConfigDict, {key: value for key, value in data.items() if not key.startswith("_")})
         _drop(said, _DROPPED | said_of_any_model())
         attention, ffn, init = (_part(said, key, where) for key in ("attn_config", "ffn_config", "init_config"))
@@ -102,7 +102,7 @@ class FoundryMPT(Family):
         return check(CausalLMConfig, ours, where=where)
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings; what they have no words for shows when they are read back."""
+        """Convert an llmfoundry config to LLM Foundry settings; `write_config` finds what they cannot express."""
         attention = config.attention
         if not isinstance(attention, GroupedQueryConfig):
             raise ConfigError("softmax attention")
@@ -139,10 +139,11 @@ class FoundryMPT(Family):
         }
 
     def layout_of(self, specs: Mapping[str, Spec]) -> str:
-        """What differs from the usual names, in words.
+        """Return how the tensors differ from the usual layout, as space-separated words.
 
-        wrapped: norms and attention of a layer are in one module, as with `fuse_norm_attn_norm`; split: three matrices
-        for queries, keys and values; apart: each expert's matrices for `x @ w`, (E, D, F), as MegaBlocks' MoE has them.
+        wrapped: norms and attention of a layer are in one module, as with `fuse_norm_attn_norm`.
+        split: q, k and v are three matrices.
+        apart: each expert's matrices are stored for `x @ w`, (E, D, F), as in MegaBlocks' MoE.
         """
         experts = (spec for name, spec in specs.items() if name.endswith(".ffn.experts.mlp.w1"))
         found = {
@@ -153,7 +154,7 @@ class FoundryMPT(Family):
         return " ".join(word for word, there in found.items() if there)
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands; the words of `layout` are those of `layout_of`."""
+        """Add the mapping of every tensor. See `layout_of` for `layout`."""
         pieces.add("wte.weight", self.embedding)
         if config.has_learned_positions:
             pieces.add("wpe.weight", "transformer.wpe.weight")
@@ -178,7 +179,7 @@ class FoundryMPT(Family):
         _add(pieces, f"{ours}.out_proj", f"{theirs}.out_proj")
         for norm in "q", "k":
             _add(pieces, f"{ours}.{norm}_norm", f"{theirs}.{norm}_ln")
-        _add(pieces, f"{ours}.wq", f"{theirs}.Wq")  # of a layer that reuses keys and values
+        _add(pieces, f"{ours}.wq", f"{theirs}.Wq")  # in layers that reuse keys and values
         if not split:
             _add(pieces, f"{ours}.wqkv", f"{theirs}.Wqkv")
             return
@@ -195,7 +196,11 @@ def _drop(block: ConfigDict, keys: set[str]) -> None:
 
 
 def _drop_neutral(block: ConfigDict, neutral: Mapping[str, tuple[Value, ...]], where: str) -> None:
-    """Take out settings that are at a value by which they do nothing; others raise ConfigError."""
+    """Remove settings that are at a value without effect.
+
+    Raises:
+        ConfigError: if one has another value.
+    """
     for key in neutral.keys() & block.keys():
         value = block.pop(key)
         if value not in neutral[key]:
@@ -210,7 +215,7 @@ def _part(said: ConfigDict, key: str, where: str) -> ConfigDict:
 
 
 def _attention(said: ConfigDict, where: str) -> ConfigDict:
-    """Our `attn_config`, biases left out."""
+    """Convert to llmfoundry's `attn_config`, without biases."""
     _drop(said, _DROPPED_ATTENTION)
     _drop_neutral(said, _NEUTRAL_ATTENTION, where)
     tuning = _part(said, "attn_temperature_tuning", where)
@@ -232,26 +237,26 @@ def _attention(said: ConfigDict, where: str) -> ConfigDict:
 
 
 def _ffn(said: ConfigDict, where: str) -> ConfigDict:
-    """Our `ffn_config`."""
+    """Convert to llmfoundry's `ffn_config`."""
     kind = said.setdefault("ffn_type", "mptmlp")
     if kind not in _DENSE + _MIXTURES:
         raise ConfigError(f"{where}: ffn_type={kind!r} is not supported, only {', '.join(_DENSE + _MIXTURES)}")
     _drop(said, _DROPPED_FFN if kind == "mb_moe" else _DROPPED_FFN | {"moe_capacity_factor"})
     _drop_neutral(said, _NEUTRAL_FFN, where)
-    for key in ("ffn_act_fn", "ffn_hidden_size"):  # null is their default
+    for key in ("ffn_act_fn", "ffn_hidden_size"):  # null means the default
         if said.get(key) is None:
             said.pop(key, None)
     if kind in _MIXTURES:
         for key in ("moe_jitter_eps", "moe_normalize_expert_weights"):
             said[key] = said.get(key) or None  # 0 is off
         said.setdefault("moe_num_experts", 1)
-    if kind == "torch_dmoe":  # written without biases, and with the activation of the dense blocks
+    if kind == "torch_dmoe":  # saved without biases, and with the activation of the dense blocks
         return {"ffn_act_fn": {"name": "gelu"}, "bias": False, **said}
     return said
 
 
 def _init(said: ConfigDict) -> ConfigDict:
-    """Our `init_config`, which only training from scratch reads: what we have no word for is left at our default."""
+    """Convert to llmfoundry's `init_config`, used only for training from scratch. Unsupported keys are dropped."""
     known: ConfigDict = {
         key: value for key, value in said.items() if key in InitConfig.model_fields and value is not None
     }
@@ -296,7 +301,7 @@ def _their_ffn(ffn: FFNConfig, no_bias: bool) -> ConfigDict:
 
 
 def _add(pieces: Pieces, ours: str, theirs: str, rows: slice = slice(None)) -> None:
-    """A weight and its bias, those that there are; of ours these rows only."""
+    """Map a weight and its bias, as far as they exist, to these rows of the llmfoundry tensor."""
     for leaf in ("weight", "bias"):
         if f"{ours}.{leaf}" in pieces.shapes:
             pieces.add(f"{ours}.{leaf}", f"{theirs}.{leaf}", at=(rows,))
@@ -312,7 +317,7 @@ def _add_dense(ffn: MLPConfig, pieces: Pieces, ours: str, theirs: str) -> None:
 
 
 def _add_mixture(ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, apart: bool) -> None:
-    """MegaBlocks' dMoE stacks experts in rows: (E F, D), w2 transposed. Its MoE keeps them apart: (E, D, F)."""
+    """Map the experts. MegaBlocks' dMoE stacks their rows, (E F, D), w2 transposed; its MoE stores (E, D, F)."""
     size, up = ffn.expert.hidden_size, {"w1": slice(0, ffn.expert.hidden_size)}
     if ffn.gated:
         up["v1"] = slice(size, None)

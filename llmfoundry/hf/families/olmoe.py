@@ -1,4 +1,4 @@
-"""OLMoE: many small experts, and a norm over all heads of queries (of keys) together.
+"""OLMoE: many small experts, and a QK-norm over all heads together.
 
 Source: Muennighoff et al. 2024, arXiv:2409.02060.
 """
@@ -13,7 +13,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 
 
 class Olmoe(Decoder):
-    """`clip_qkv` comes after the norm in `transformers`."""
+    """The OLMoE family. `transformers` applies `clip_qkv` after the norm."""
 
     model_type = "olmoe"
     title = "OLMoE"
@@ -21,22 +21,22 @@ class Olmoe(Decoder):
     layouts = ("each", "stacked")
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """Norms, clipping, and all biases or none."""
+        """Return norms, clipping and biases."""
         clip = theirs["clip_qkv"]
         return super().attention(theirs) | {"qk_ln": True, "clip_qkv": clip, "clip_qkv_after_norm": clip is not None}
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The mixture."""
+        """Return the MoE settings."""
         return mixture_of(theirs, "num_experts", "intermediate_size") | {
             "moe_normalize_expert_weights": 1.0 if theirs["norm_topk_prob"] else None
         }
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Clipping and biases."""
+        """Return the Hugging Face settings for clipping and biases."""
         return super().their_attention(attention, config) | {"clip_qkv": attention.clip_qkv}
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """The mixture."""
+        """Return the Hugging Face MoE settings."""
         moe = as_mixture(ffn)
         return mixture_to(moe, "num_experts", "intermediate_size") | {
             "norm_topk_prob": moe.moe_normalize_expert_weights is not None

@@ -1,7 +1,6 @@
 """OPT: learned positions, LayerNorm, biases, ReLU.
 
-Its table of positions begins with two rows for padding, which no token of ours meets: they are not read, and written as
-zeros.
+The position table begins with two padding rows that no token uses; they are not read, and written as zeros.
 Source: Zhang et al. 2022, arXiv:2205.01068.
 """
 
@@ -20,7 +19,7 @@ _NORMS = {"norm_1": "self_attn_layer_norm", "norm_2": "final_layer_norm"}
 
 
 class OPT(Family):
-    """A dense model that normalises before its blocks: all sizes but OPT-350m."""
+    """The OPT family: pre-norm models, that is, all sizes but OPT-350m."""
 
     model_type = "opt"
     title = "OPT"
@@ -34,14 +33,14 @@ class OPT(Family):
     }  # fmt: skip
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
-        """Our config."""
+        """Convert a Hugging Face config to an llmfoundry config."""
         theirs.must_be("do_layer_norm_before", True)
         theirs.must_be("_remove_final_layer_norm", False)
         theirs.must_be("word_embed_proj_dim", theirs.int("hidden_size"))
         theirs.must_be("layer_norm_elementwise_affine", True)
         theirs.must_be("enable_bias", True)
         theirs.must_be("layerdrop", 0.0)
-        theirs["dropout"]  # in training only, as everywhere
+        theirs["dropout"]  # only affects training
         data = {
             **self.sizes_of(theirs),
             "norm_type": "layernorm",
@@ -56,7 +55,7 @@ class OPT(Family):
         return check(CausalLMConfig, data, where="config.json")
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Their settings."""
+        """Convert an llmfoundry config to Hugging Face settings."""
         if not isinstance(config.attention, GroupedQueryConfig) or not config.has_learned_positions:
             raise ConfigError("learned positions")
         return {
@@ -69,7 +68,7 @@ class OPT(Family):
         }
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Add the mapping of every tensor."""
         pieces.add("wte.weight", self.embedding)
         positions = "model.decoder.embed_positions.weight"
         pieces.add("wpe.weight", positions, there=(slice(_PADDING_ROWS, None),))

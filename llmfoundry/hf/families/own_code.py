@@ -1,7 +1,8 @@
-"""The family of last resort: a model that no class of `transformers` computes leaves with a modelling file of its own.
+"""The fallback family: models that no `transformers` class can represent are exported with their own modeling file.
 
-config.json has the words of our YAML, tensors have our names, and `modeling_llmfoundry.py` stands beside them, so that
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs it without this package.
+config.json has the keys of the YAML, tensors keep llmfoundry's names, and `modeling_llmfoundry.py` is saved beside
+them, so that `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` runs the model without this
+package.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from llmfoundry.moe.layer import MegaBlocksConfig, MoEConfig
 
 _CODE = "modeling_llmfoundry"
 _CLASS = "LLMFoundryForCausalLM"
-_KINDS = MLPConfig, GLUConfig, MoEConfig, MegaBlocksConfig  # whose code the file has; a plug-in's it has not
+_KINDS = MLPConfig, GLUConfig, MoEConfig, MegaBlocksConfig  # the modeling file implements these, but no plug-ins
 _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings", "norm_eps"
 
 
 class OwnCode(Family):
-    """Any model but one of latent attention, of limited experts, or of a plug-in."""
+    """Any model except those with latent attention, a limited expert capacity, or a plug-in."""
 
     model_type = "llmfoundry"
     title = "a model with code of its own"
@@ -36,14 +37,14 @@ class OwnCode(Family):
     code = f"{_CODE}.py"
 
     def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
-        """Our config, which it is."""
+        """Read the llmfoundry config that config.json holds."""
         words = {key: value for key, value in data.items() if key not in said_of_any_model()}
         config = check(CausalLMConfig, words, where=where)
         _check_code(config)
         return config
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
-        """Our config, with everything filled in that the model's own keys say elsewhere."""
+        """Return the llmfoundry config, with all defaults resolved."""
         _check_code(config)
         hidden = int(config.expansion_ratio * config.d_model)
         filled = config.model_copy(
@@ -59,13 +60,13 @@ class OwnCode(Family):
         return {"auto_map": auto_map, **words}
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """The names are ours."""
+        """Map every tensor to itself."""
         for name in pieces.shapes:
             pieces.add(name, name)
 
 
 def _check_code(config: CausalLMConfig) -> None:
-    """Raise ConfigError for what the modelling file does not compute."""
+    """Raise ConfigError for settings that the modeling file does not implement."""
     attention = config.attention
     said = {
         "logit_scale": config.logit_scale, "attn_reuse_kv_pattern": config.attn_reuse_kv_pattern,

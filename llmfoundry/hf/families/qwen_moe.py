@@ -1,4 +1,4 @@
-"""Qwen2-MoE (a shared expert with a gate) and Qwen3-MoE; some layers may be dense.
+"""Qwen2-MoE (a gated shared expert) and Qwen3-MoE; some layers may be dense.
 
 Source: Yang et al. 2024, arXiv:2407.10671; Qwen team 2025, arXiv:2505.09388.
 """
@@ -18,12 +18,12 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 class _QwenMoE(Decoder):
-    """What both have: which layers are mixtures, and whether a token's weights sum to 1."""
+    """What both share: which layers are mixtures, and whether routing weights are normalized."""
 
     layouts = ("each", "stacked")
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """The mixture."""
+        """Return the MoE settings."""
         return mixture_of(theirs, "num_experts", "moe_intermediate_size") | {
             "moe_normalize_expert_weights": 1.0 if theirs["norm_topk_prob"] else None,
             "dense_ffn_hidden_size": theirs["intermediate_size"],
@@ -31,7 +31,7 @@ class _QwenMoE(Decoder):
         }
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """The mixture."""
+        """Return the Hugging Face MoE settings."""
         kinds = [config.ffn(layer) for layer in range(config.n_layers)]
         moe = as_mixture(next((kind for kind in kinds if isinstance(kind, MoEConfig)), ffn))
         return mixture_to(moe, "num_experts", "moe_intermediate_size") | {
@@ -43,24 +43,24 @@ class _QwenMoE(Decoder):
 
 
 class Qwen2MoE(_QwenMoE):
-    """A shared expert beside the others, scaled by a gate of its own."""
+    """The Qwen2-MoE family: a shared expert, scaled by a gate of its own."""
 
     model_type = "qwen2_moe"
     title = "Qwen2-MoE"
     architecture = "Qwen2MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """Biases on queries, keys and values, or none."""
+        """Return the biases: on q, k and v, or none."""
         return {"bias": bool(theirs["qkv_bias"]), "out_bias": False}
 
     def windows(self, theirs: Theirs) -> list[int]:
-        """As `layer_types` says."""
+        """Return the window of each layer, from `layer_types`."""
         for key in ("use_sliding_window", "max_window_layers"):
             theirs[key]
         return windows_of(theirs["layer_types"], theirs["sliding_window"])
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
-        """With the shared expert."""
+        """Return the MoE settings, with the shared expert."""
         return super().ffn(theirs) | {
             "shared_expert": True,
             "shared_expert_gate": True,
@@ -68,40 +68,40 @@ class Qwen2MoE(_QwenMoE):
         }
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Biases and windows."""
+        """Return the Hugging Face settings for biases and windows."""
         return {"qkv_bias": bool(attention.bias)} | their_windows(config)
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
-        """With the shared expert."""
+        """Return the Hugging Face MoE settings, with the shared expert."""
         said = super().their_ffn(ffn, config)
         shared = as_mixture(ffn).shared if isinstance(ffn, MoEConfig) else None
         return said | {"shared_expert_intermediate_size": shared.hidden_size if shared else 1}
 
     def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
-        """With the shared expert."""
+        """Map the experts and the shared expert."""
         super().add_mixture(ffn, pieces, ours, theirs, layout)
         self.add_gated(pieces, f"{ours}.shared_expert", f"{theirs}.mlp.shared_expert")
         pieces.add(f"{ours}.shared_expert_gate.weight", f"{theirs}.mlp.shared_expert_gate.weight")
 
 
 class Qwen3MoE(_QwenMoE):
-    """A norm on each head of queries and keys; no shared expert."""
+    """The Qwen3-MoE family: QK-norm per head; no shared expert."""
 
     model_type = "qwen3_moe"
     title = "Qwen3-MoE"
     architecture = "Qwen3MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
-        """All biases or none."""
+        """Return biases and QK-norm."""
         return super().attention(theirs) | {"qk_norm": True}
 
     def windows(self, theirs: Theirs) -> list[int]:
-        """The same for all layers."""
+        """Return the window of all layers."""
         theirs["use_sliding_window"]
         return [window_of(theirs["sliding_window"])]
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Biases and the window."""
+        """Return the Hugging Face settings for biases and the window."""
         types, window = windows_to(config)
         if window is not None and "full_attention" in types:
             raise ConfigError("attn_window_pattern")
@@ -111,7 +111,7 @@ class Qwen3MoE(_QwenMoE):
 
 
 def _which_layers(theirs: Theirs) -> dict[str, object]:
-    """`first_k_dense` and `moe_layer_freq`, from a step and a list of dense layers."""
+    """Convert a step and a list of dense layers to `first_k_dense` and `moe_layer_freq`."""
     n_layers, step, dense = (
         theirs.int("num_hidden_layers"),
         theirs.int("decoder_sparse_step"),

@@ -1,7 +1,7 @@
-"""Whether all ranks of a run were started alike: what two of them disagree on would train without a word, or hang.
+"""Check that all ranks of a run were started alike. Ranks that differ would train silently wrong, or hang.
 
-The largest and the smallest of each part of a hash, in one reduction, show that something differs; only then are keys
-gathered, to name it. Values are not gathered: some are secrets.
+One reduction of the largest and smallest value of each part of a hash shows whether something differs. Only then are
+keys gathered, to name it. Values are not gathered, because some are secrets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMED = 5  # keys in a message
 
 
 def check_same_config(config: Config) -> None:
-    """Check that all ranks have read the same settings; all ranks together, before anything that they decide.
+    """Check that all ranks have read the same settings; all ranks call this before anything depends on them.
 
     Raises:
         ConfigError: as `check_same`.
@@ -29,13 +29,13 @@ def check_same_config(config: Config) -> None:
 
 
 def check_same(values: Mapping[str, object]) -> None:
-    """Check that all ranks hold the same values; all ranks together.
+    """Check that all ranks hold the same values; all ranks call this together.
 
     Args:
-        values: what JSON has a form for, by the name that a message gives it.
+        values: values that JSON can represent, by the name to use in messages.
 
     Raises:
-        ConfigError: on every rank, naming the first rank that differs from rank 0, and in what.
+        ConfigError: on every rank; names the first rank that differs from rank 0, and the values' names.
     """
     if runtime.world_size() == 1:
         return
