@@ -57,5 +57,6 @@ def _code_in(data: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         if not value:
             continue
         is_loader = key in _LOADED and str(value).removeprefix("hf://") in _LOADERS
-        if path.startswith("code_paths") or key in _FUNCTIONS or key == "trust_remote_code" or is_loader:
+        is_function = key in _FUNCTIONS and ":" in str(value)  # else a name that we know
+        if path.startswith("code_paths") or is_function or key == "trust_remote_code" or is_loader:
             yield path if not path.startswith("code_paths.") else above, value

@@ -495,4 +495,6 @@ def _import(name: str, path: str) -> None:
         ran = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == spec.origin else (ran or [1])[-1]
         why = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in ("composer", "llmfoundry"):
+            why += "; plug-ins for LLM Foundry are written anew: a class registers by its base (docs/callbacks.md)"
         raise ConfigError(f"code_paths: {path}:{line}: {type(error).__name__}: {why}") from error

@@ -66,6 +66,10 @@ def test_rope_takes_no_number_that_it_would_divide_by_zero_with(keys: dict[str, 
         ("x = 1\n\ndef f(:\n", ":3: SyntaxError: invalid syntax"),
         ("def f():\n    return 1 / 0\n\nf()\n", ":2: ZeroDivisionError: division by zero"),
         ("import json\n\njson.loads('no')\n", ":3: JSONDecodeError: Expecting value"),
+        (
+            "from llmfoundry.registry import callbacks\n",
+            ":1: ModuleNotFoundError: No module named 'llmfoundry.registry'; plug-ins for LLM Foundry are written anew",
+        ),
     ],
 )
 def test_broken_plug_in_is_named_with_its_line(tmp_path: Path, text: str, says: str) -> None:

@@ -20,7 +20,7 @@ from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.hf.tokenizer import tokenizer_of
 from llmfoundry.integrations.foundry_paths import checkpoint_named
 from llmfoundry.integrations.foundry_yaml import translate
-from llmfoundry.integrations.hf_causal_lm import ONLY
+from llmfoundry.integrations.hf_causal_lm import GONE, ONLY
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
@@ -36,10 +36,10 @@ _GONE = (
     "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
 )  # fmt: skip
 VARIABLES = ("model_name_or_path", "tokenizer_name")  # top-level keys that only serve `${...}`
-_GONE_OF_MODELS = (
-    "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
-    "attn_implementation", "use_train_metrics", "additional_train_metrics",
-)  # fmt: skip
+_GONE_OF_MODELS = {
+    "name", "pretrained", "init_device", "use_train_metrics", "additional_train_metrics", "additional_eval_metrics",
+    *GONE,
+}  # fmt: skip
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings")
 
 

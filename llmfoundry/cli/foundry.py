@@ -30,6 +30,13 @@ _LEFT_OUT = dict.fromkeys(
      "use_auth_token"), _NO_TOKEN,
 ) | dict.fromkeys(("model_dtype", "autocast_dtype"), _ROUNDING)  # fmt: skip
 _PROMPTS = ("My name is", "This is an explanation of deep learning to a five year old. Deep learning is")
+# Commands of their data_prep that are not here, and what to do instead.
+_NO_PREPARATION = {
+    "convert_finetuning_dataset": "is not needed: train on the dataset itself, by train_loader: {name: finetuning, "
+    "dataset: {hf_name: ..., preprocessing_fn: ...}}",
+    "convert_delta_to_json": "Databricks is not reached from here; write the table as parquet, which is read as it is",
+    "delta_to_contrastive_mds": "embedding models are not trained here",
+}
 _FILE = "file::"  # prefix of a file name in --prompts
 
 
@@ -167,7 +174,10 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
             _add(each, key, help="has no effect")
         for key in ("reprocess", "trust_remote_code"):
             _add(each, key, nargs="?", const="true", help="has no effect")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _NO_PREPARATION:
+        raise ConfigError(f"data_prep {words[0]}: {_NO_PREPARATION[words[0]]}")
+    args = parser.parse_args(words)
     if (args.concat_tokens is None) != (args.tokenizer is None):
         raise ConfigError("--concat_tokens N and --tokenizer NAME belong together; without both, texts are written")
     _prepare(args)

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.assistant_turns import Span, Turns, is_answer
-from llmfoundry.data.conversations import Conversation, Example, Message
+from llmfoundry.data.conversations import Conversation, Example, Message, Tokenized
 from llmfoundry.data.limits import SECONDS, Exceeded, bounded
 from llmfoundry.data.tables import lone_surrogate
 from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
@@ -59,6 +59,7 @@ class _Said(NamedTuple):
 
     text: str
     spans: list[Span]  # learned spans, in characters
+    answers: list[Span]  # all that the assistant says
     inside: int  # as in Tokens
     without_calls: bool
 
@@ -68,6 +69,16 @@ class Targets(NamedTuple):
 
     responses: Responses = "all"
     prompts: int | None = None  # prompts of this many tokens or more are learned too; None: never
+    by_turn: bool = False  # turns are tokenised one by one, each with all that the template writes after its answer
+    skips_empty: bool = False  # whether an empty prompt or answer leaves nothing to learn
+
+
+class _Turn(NamedTuple):
+    """What comes before an answer, and the answer."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    learned: bool = True  # the answer, where those of its place are
 
 
 class Renderer:
@@ -120,28 +131,71 @@ class Renderer:
         Raises:
             ValueError: if the template refuses the example, or does not render turns one after the other.
         """
+        if isinstance(example, Tokenized):
+            return self._joined([_Turn(prompt, answer) for prompt, answer in example.turns])
         if isinstance(example, Conversation):
-            return self._conversation(example)
+            turns = self._turns(example) if self.targets.by_turn else None
+            return self._conversation(example) if turns is None else self._joined(turns)
         prompt, response = (self._encoded(text)["input_ids"] for text in example)
         prompt = prompt if self._bos is None else [self._bos, *prompt]
-        response = [*response, self.tokenizer.eos_token_id]
-        least = self.targets.prompts
-        learns = least is not None and len(prompt) >= least
-        return Tokens(
-            np.array([*prompt, *response]), np.array([learns] * len(prompt) + [True] * len(response), dtype=np.bool_)
-        )
+        return self._joined([_Turn(prompt, response)])
+
+    def _joined(self, turns: Sequence[_Turn]) -> Tokens:
+        """Turns one after the other, and an end-of-text token if the last does not end with one."""
+        ids, learned = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
+        least, eos = self.targets.prompts, self.tokenizer.eos_token_id
+        for number, (prompt, answer, wanted) in enumerate(turns, 1):
+            last = number == len(turns)
+            wanted = wanted and (last or self.targets.responses == "all")
+            if last and (len(answer) == 0 or answer[-1] != eos):
+                answer = [*answer, eos]
+            ids += [np.asarray(prompt, dtype=np.int64), np.asarray(answer, dtype=np.int64)]
+            learns = least is not None and len(prompt) >= least
+            learned += [np.full(len(prompt), learns), np.full(len(answer), wanted)]
+        if self.targets.skips_empty and any(len(turn.prompt) == 0 or len(turn.answer) == 0 for turn in turns):
+            learned = [np.zeros(sum(map(len, ids)), np.bool_)]
+        return Tokens(np.concatenate(ids), np.concatenate(learned))
+
+    def _turns(self, example: Conversation) -> list[_Turn] | None:
+        """The turns that end with an answer; None if the template does not render them one after the other."""
+        if example.tools or any("tool_calls" in message for message in example.messages):
+            return None
+        seconds = SECONDS + SECONDS_OF_MESSAGE * len(example.messages)
+        try:
+            texts = bounded(partial(self._texts_of_turns, example), seconds)
+        except Exceeded as error:
+            raise ValueError(f"the chat template {error}") from None
+        except ValueError:
+            return None  # it refuses a part of them
+        if texts is None:
+            return None
+        ids = {i: [self._encoded(text)["input_ids"] for text in pair] for i, pair in texts.items()}
+        return [_Turn(prompt, answer, _is_learned(example.messages[i])) for i, (prompt, answer) in ids.items()]
+
+    def _texts_of_turns(self, example: Conversation) -> dict[int, tuple[str, str]] | None:
+        found, before = {}, ""
+        for i, message in enumerate(example.messages):
+            if not is_answer(message):
+                continue
+            opened = self._render(example, example.messages[:i], True)
+            after = self._render(example, example.messages[: i + 1])
+            if not (opened.startswith(before) and after.startswith(opened)):
+                return None
+            found[i] = opened.removeprefix(before), after.removeprefix(opened)
+            before = after
+        return found
 
     def _conversation(self, example: Conversation) -> Tokens:
         try:
             seconds = SECONDS + SECONDS_OF_MESSAGE * len(example.messages)
-            text, spans, inside, without = bounded(partial(self._said, example), seconds)
+            text, spans, answers, inside, without = bounded(partial(self._said, example), seconds)
         except Exceeded as error:
             raise ValueError(f"the chat template {error}") from None
         encoded = self._encoded(text)
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         learned = _overlaps(offsets, spans)
-        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
-            learned = np.ones_like(learned)
+        if self.targets.prompts is not None:
+            learned |= _long_runs(~_overlaps(offsets, answers), self.targets.prompts)
         return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
 
     def _said(self, example: Conversation) -> _Said:
@@ -152,9 +206,10 @@ class Renderer:
         without = not any(self._arguments) and leaves_out_calls(messages, text, partial(self._render, example))
         turns = Turns(lambda chat, prompt: self._render(example, chat, prompt), self._eos, self._special)
         spans: list[Span]
+        answers: list[Span]
         inside = 0
         if self._marks and self.targets.responses == "all" and all(_is_learned(message) for message in messages):
-            spans = self._marked(example)
+            spans = answers = self._marked(example)
         else:
             if self._marks:
                 of_turn = turns.shares(messages, text, self._marked(example))
@@ -162,9 +217,10 @@ class Renderer:
                 found = {i: turns.find(messages, text, i) for i, each in enumerate(messages) if is_answer(each)}
                 of_turn = {i: [turn.span] for i, turn in found.items()}
                 inside = sum(turn.inside for turn in found.values())
+            answers = [span for turn in of_turn.values() for span in turn]
             chosen = [i for i in sorted(of_turn) if _is_learned(messages[i])]
             spans = [span for i in (chosen if self.targets.responses == "all" else chosen[-1:]) for span in of_turn[i]]
-        return _Said(text, spans, inside, without)
+        return _Said(text, spans, answers, inside, without)
 
     def _encoded(self, text: str) -> BatchEncoding:
         if found := lone_surrogate(text):
@@ -227,4 +283,13 @@ def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
     found = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
         found |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    return found
+
+
+def _long_runs(marks: NDArray[np.bool_], least: int) -> NDArray[np.bool_]:
+    """The marks of runs, one after the other without a gap, that have `least` or more."""
+    bounds = np.flatnonzero(np.diff(np.concatenate(([False], marks, [False])).astype(np.int8)))
+    found = np.zeros_like(marks)
+    for start, end in bounds.reshape(-1, 2):
+        found[start:end] = end - start >= least
     return found

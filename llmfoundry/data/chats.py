@@ -20,10 +20,10 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import ConfigError, reason
+from llmfoundry.config import ConfigError, is_url, reason
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
-from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
+from llmfoundry.data.conversations import Conversation, Example, Tokenized, code_of, example_of, preprocess
 from llmfoundry.data.mds_rows import Folders, samples
 from llmfoundry.data.provenance import Gone
 from llmfoundry.data.rows import How, Order, epochs_of
@@ -37,6 +37,7 @@ from llmfoundry.runtime import cache_root
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
+_PLACES = {"data_files", "data_dir"}  # the keys of hf_kwargs that say where files are
 _READERS = ("json", "csv", "parquet")  # the names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
@@ -44,17 +45,20 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/4"  # version of the tokenized rows; rows of another version are made again
+    KIND: ClassVar[str] = "chats/5"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
-    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # arguments of datasets.load_dataset
-    # `package.module:function`, which converts a row to a known format; or a mapping from our columns to the data's,
-    # e.g. {prompt: question, response: answer}
+    hf_kwargs: dict[str, object] = {}  # arguments of datasets.load_dataset; with these it can read local files too
+    # `package.module:function`, which converts a row to a known format; a mapping from our columns to the data's, e.g.
+    # {prompt: question, response: answer}; or a dataset whose rows LLM Foundry knows, e.g. tatsu-lab/alpaca
     preprocessing_fn: str | dict[str, str] | None = None
     chat_template: str | None = None  # replaces the tokenizer's template: a file, or the template itself
     target_responses: Responses = "all"  # for conversations: learn all of the assistant's turns, or only the last
     target_prompts: str = "none"  # none, all, or length>=N: also learn prompts of at least N tokens
+    # As LLM Foundry: tokenise each turn by itself, and learn all that the template writes after an answer, and an
+    # end-of-text token after the last; of other data than MDS, leave out examples with an empty prompt or answer
+    turn_by_turn: bool = False
     skip_bad_rows: int = Field(default=0, ge=0)  # number of unreadable rows to skip before the data is refused
     # accepted, without effect: examples share rows exactly if attention keeps them apart
     packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
@@ -70,6 +74,19 @@ class ChatsConfig(Folders, names=("chats",)):
         given = [key for key in keys if getattr(self, key) is not None]
         if not given or (len(given) > 1 and given != ["local", "remote"]):
             raise ValueError(f"write one of path, hf_name, local or streams; found {' and '.join(given) or 'none'}")
+        if self.path is not None and ("[" in self.split or "+" in self.split):
+            raise ValueError(
+                f"split: {self.split} is a part of a split, or several; name files with their rows in path"
+            )
+        if self.hf_kwargs.get("streaming"):
+            raise ValueError("hf_kwargs.streaming: rows are found by their number; leave it out")
+        for name, stream in (self.streams or {}).items():
+            for key in ("proportion", "repeat", "choose"):
+                if getattr(stream, key) is not None:
+                    raise ValueError(
+                        f"streams.{name}.{key}: examples are packed into rows, which this would count; make each "
+                        "stream a dataset with a weight, in train_loader.datasets"
+                    )
         self._targets()
         return self
 
@@ -78,7 +95,8 @@ class ChatsConfig(Folders, names=("chats",)):
         if self.target_prompts not in ("none", "all") and at_least is None:
             raise ValueError(f"target_prompts: {self.target_prompts!r} is not one of none, all, length>=N")
         least = 0 if self.target_prompts == "all" else int(at_least[1]) if at_least else None
-        return Targets(self.target_responses, least)
+        folders = self.local or self.remote or self.streams  # of which LLM Foundry leaves out nothing
+        return Targets(self.target_responses, least, self.turn_by_turn, self.turn_by_turn and not folders)
 
     def of_split(self, split: str) -> Self:
         return self.model_copy(update={"split": split}) if self._where is not None else self
@@ -94,18 +112,22 @@ class ChatsConfig(Folders, names=("chats",)):
         """The local files; None for data from other places."""
         if self.path is not None or self.hf_name is None:
             return self.path
+        if is_url(self.hf_name):
+            return self.hf_name
+        if "[" in self.split or "+" in self.split or self.hf_kwargs.keys() - _PLACES:
+            return None  # a part of a split, several, or another way to read files
         if self.hf_name in _READERS:
             files = self.hf_kwargs.get("data_files", self.hf_kwargs.get("data_dir"))
             if isinstance(files, dict):
                 files = files.get(self.split)
-            if isinstance(files, list):
-                files = files[0] if len(files) == 1 else None
+            if isinstance(files, list) and len(files) == 1:
+                files = files[0]
             if files is None:
                 raise ConfigError(
-                    f"dataset.hf_kwargs: hf_name={self.hf_name} needs data_dir, or data_files with one file, folder or "
-                    f"glob for the split {self.split}"
+                    f"dataset.hf_kwargs: hf_name={self.hf_name} needs data_dir, or data_files with files for the split "
+                    f"{self.split}"
                 )
-            return files
+            return files if isinstance(files, str) else None
         return self.hf_name if Path(self.hf_name).expanduser().is_dir() else None
 
     def build(self) -> Source:
@@ -211,7 +233,9 @@ class ChatsConfig(Folders, names=("chats",)):
         except ImportError:
             raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
         try:
-            found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
+            folder = Path(name).expanduser()
+            place = str(folder.resolve()) if folder.is_dir() else name
+            found = datasets.load_dataset(place, split=self.split, **self.hf_kwargs)
         except Exception as error:  # the hub and dataset scripts raise many types
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")
@@ -225,6 +249,8 @@ def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 
 def text_of(example: Example) -> str:
     """Return the text of an example, without a template."""
+    if isinstance(example, Tokenized):
+        raise ValueError("holds token ids; name the tokenizer that made them")
     if isinstance(example, Conversation):
         return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
     return f"{example.prompt}{example.response}"

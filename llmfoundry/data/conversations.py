@@ -10,7 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
+import numpy as np
+
 from llmfoundry.data import functions
+from llmfoundry.data.foundry_tasks import TASKS
 from llmfoundry.data.tables import Row
 
 Message = dict[str, object]  # role, content, and other fields that the template reads
@@ -25,6 +28,8 @@ _SPEAKERS = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # Columns that identify a format, in the order in which they are checked.
 FORMATS = {
+    "turns of ids": ("turns",),
+    "ids": ("input_ids", "labels"),
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
     "WildChat": ("conversation",),
@@ -50,7 +55,13 @@ class Pair(NamedTuple):
     response: str
 
 
-Example = Conversation | Pair
+class Tokenized(NamedTuple):
+    """Turns of a prompt and an answer, as token ids."""
+
+    turns: list[tuple[list[int], list[int]]]
+
+
+Example = Conversation | Pair | Tokenized
 Preprocess = Callable[[Row], Row]
 
 
@@ -72,6 +83,8 @@ def example_of(row: Row) -> Example:
 
 def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     first, second = row[columns[0]], row[columns[-1]]
+    if columns[-1] in ("turns", "labels"):
+        return tokenized(first if columns == ("turns",) else [{"input_ids": first, "labels": second}])
     if columns[0] == "messages":
         return conversation(messages_of(first), row)
     if columns[0] in ("conversations", "conversation"):
@@ -94,6 +107,28 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     user = f"{task}\n\n{more}" if more else task
     last: list[Message] = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     return conversation([*_history(row.get("history")), *last], row)
+
+
+def tokenized(turns: object) -> Tokenized:
+    """Turns that LLM Foundry's convert_finetuning_dataset has tokenised.
+
+    Raises:
+        ValueError: they are not lists of whole numbers.
+    """
+    found = []
+    for number, turn in enumerate(_turns(turns)):
+        ids = [_ids(turn.get(key), f"turn {number}: {key}") for key in ("input_ids", "labels")]
+        found.append((ids[0], ids[1]))
+    return Tokenized(found)
+
+
+def _ids(value: object, where: str) -> list[int]:
+    if isinstance(value, bytes) and len(value) % 8 == 0:
+        value = np.frombuffer(value, "<i8")
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, list) or not all(isinstance(each, int) and each >= 0 for each in value):
+        raise ValueError(f"{where}: must be a list of token ids, found {value!r:.60}")
+    return value
 
 
 def _history(pairs: object) -> list[Message]:
@@ -226,15 +261,18 @@ def _calls(said: str) -> list[Row]:
 
 
 def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
-    """Load what `preprocessing_fn` names: a mapping from our columns to the data's, or `package.module:function`.
+    """What `preprocessing_fn` names: a mapping from our columns to the data's, a dataset of `foundry_tasks.TASKS`, or
+    `package.module:function`.
 
-    Functions are also looked for in the working directory and in the files of `code_paths`.
+    The function is looked for in the working directory and in the files of `code_paths` too.
 
     Raises:
-        ConfigError: if the function does not exist.
+        ConfigError: there is no such function.
     """
     if given is None:
         return lambda row: row
+    if isinstance(given, str) and given in TASKS:
+        return TASKS[given]
     if isinstance(given, str):
         return functions.imported(given, "preprocessing_fn")
     names = dict(given)
@@ -252,6 +290,6 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
 
 def code_of(given: str | Mapping[str, str] | None) -> str:
     """Return what decides the result of `preprocess`: the mapping itself, or the file that defines the function."""
-    if not isinstance(given, str):
+    if not isinstance(given, str) or given in TASKS:
         return json.dumps(given)
     return functions.code_of(given, "preprocessing_fn")

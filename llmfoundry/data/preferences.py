@@ -35,7 +35,7 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
     conversations, whose common beginning is the prompt. Only answers are learned.
     """
 
-    KIND = "preferences/4"
+    KIND = "preferences/5"
 
     def _texts(self) -> Iterator[str]:
         for texts in self._read(self._table(), lambda row: [text_of(each) for each in preference_of(row)]):

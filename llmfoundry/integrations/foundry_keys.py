@@ -49,14 +49,21 @@ GONE = {
     "log_config": "config.yaml is always written",
     "cuda_load_lazy": "",
     "device_train_grad_accum": "set by device_train_microbatch_size",
+    "device_train_batch_size": "set by global_train_batch_size and the number of ranks",
+    "n_gpus": "set by the launcher",
     **{
         f"{loader}.{key}": ""
         for loader in ("train_loader", "eval_loader")
         for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout", "sampler")
     },
     **{
-        f"{loader}.dataset.max_leftover_bins_to_keep": "every example is packed"
+        f"{loader}.dataset.{key}": why
         for loader in ("train_loader", "eval_loader")
+        for key, why in (
+            ("max_leftover_bins_to_keep", "every example is packed"),
+            ("hf_kwargs.trust_remote_code", "code of a dataset is never run"),
+            ("hf_kwargs.use_auth_token", "datasets reads $HF_TOKEN"),
+        )
     },
 }
 # Keys that affect results, with the only values that match llmfoundry's behavior.
@@ -64,6 +71,7 @@ ONLY: dict[str, tuple[object, ...]] = {
     "model.attn_config.prefix_lm": (False,),
     "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
     "model.use_cache": (True, False),
+    "model.master_weights_dtype": (None,),
     "model.use_pad_tok_in_ffn": (True,),
     "model.ffn_config.moe_weight_parallelism": (False,),
     "model.ffn_config.moe_expert_model_parallelism": (True, False),
@@ -78,8 +86,13 @@ ONLY: dict[str, tuple[object, ...]] = {
     "model.ffn_config.shared_expert_weighted_sum": (False,),
     "scheduler.scale_warmup": (False,),
     **{f"{loader}.dataset.preprocessing_kwargs": ({}, None) for loader in ("train_loader", "eval_loader")},
-    "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt",),
-    "save_latest_filename": ("latest-rank{rank}.pt",),
+    **{
+        f"{loader}.dataset.{key}": (1, None)
+        for loader in ("train_loader", "eval_loader")
+        for key in ("auto_packing_replication", "seq_parallel_replication")
+    },
+    "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt", None),
+    "save_latest_filename": ("latest-rank{rank}.pt", "latest-sharded-rank{rank}", None),
     "save_weights_only": (False,),
     "save_ignore_keys": (None, []),
     "load_strict_model_weights": (True,),
@@ -89,7 +102,7 @@ ONLY: dict[str, tuple[object, ...]] = {
     "accumulate_train_batch_on_tokens": (True,),
     "spin_dataloaders": (True,),
     "train_subset_num_batches": (-1,),
-    "profiler": (None,),
+    "profiler": (None, {}),
     "tp_config": (None, {}),
     "optimizer.amsgrad": (False,),
     "loggers.mlflow.model_registry_prefix": ("", None),
@@ -103,6 +116,7 @@ INSTEAD = {
     "load_strict_model_weights": "all weights are read; make a checkpoint that holds them by `llmfoundry convert`",
     "loggers.mlflow.model_registry_prefix": "models are not registered with MLflow here; leave it out",
     "loggers.mlflow.model_registry_uri": "models are not registered with MLflow here; leave it out",
+    "model.master_weights_dtype": "write optimizer.master_weights: bf16_sr, which keeps weights in bfloat16",
     "only_composer_checkpoint": "leave it out, and callbacks.hf_checkpointer too",
     "only_hf_checkpoint": "leave it out; write save_interval: 0ba, which saves at the end alone",
     "optimizer.amsgrad": "leave it out",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from decimal import Decimal
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.foundry_tasks import TASKS
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import (
     DURATIONS,
@@ -63,6 +64,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
     for path in sorted({*VARIABLES, *(variables if theirs else ())} & data.keys()):
         notes.append(Note(path, "kept as a variable only", take(data, path)))
     _one_by_one(data, notes, mistakes)
+    notes += _rope_default(data)
     for path, apply in _MOVED.items():
         for place in present(data, path):
             value = take(data, place)
@@ -71,7 +73,10 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file that is not LLM Foundry's, a missing save_folder is a mistake
-        fills = (made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _packed, _head_norms)
+        fills = (
+            made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _tokens, _packed,
+            _head_norms,
+        )  # fmt: skip
         for fill in fills:
             try:
                 notes += fill(data)
@@ -142,6 +147,11 @@ def _defaults(data: Tree) -> list[Note]:
     wanted: Tree = {"save_interval": "1000ba"}
     if data.get("eval_loader"):
         wanted["eval_subset_num_batches"] = -1
+    if data.get("eval_loader") or data.get("icl_tasks"):
+        rows = data.get("device_train_microbatch_size", "auto")
+        wanted["device_eval_batch_size"] = 1 if rows == "auto" else rows
+    if data.get("icl_tasks") and "max_seq_len" in data:
+        wanted["icl_seq_len"] = data["max_seq_len"]
     missing = {key: value for key, value in wanted.items() if key not in data}
     data |= missing
     return [Note(key, f"is missing; now {value}, as LLM Foundry has it") for key, value in missing.items()]
@@ -153,13 +163,25 @@ def _data_defaults(data: Tree) -> list[Note]:
     for loader in ("train_loader", "eval_loader"):
         for place in present(data, f"{loader}.dataset"):
             dataset, kind = look(data, place)[0], look(data, f"{place.removesuffix('.dataset')}.name")[0]
+            if not isinstance(dataset, dict):
+                continue
             said: Tree = {"shuffle": False} if loader == "train_loader" else {}
             if kind == "finetuning":
-                said["target_responses"] = "last"
-            for key in said.keys() - dataset.keys() if isinstance(dataset, dict) else ():
+                said |= {"target_responses": "last", "turn_by_turn": True}
+                notes += _task(dataset, place)
+            for key in (key for key in said if key not in dataset):
                 notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as LLM Foundry has it"))
-                put(data, f"{place}.{key}", said[key])
+                dataset[key] = said[key]
     return notes
+
+
+def _task(dataset: Tree, place: str) -> list[Note]:
+    """Some names of datasets stand for a function there, also where no preprocessing_fn is written."""
+    name = dataset.get("hf_name")
+    if dataset.get("preprocessing_fn") is not None or name not in TASKS:
+        return []
+    dataset["preprocessing_fn"] = name
+    return [Note(f"{place}.preprocessing_fn", f"is missing; now {name}, whose rows LLM Foundry knows")]
 
 
 def _packed(data: Tree) -> list[Note]:
@@ -175,6 +197,14 @@ def _packed(data: Tree) -> list[Note]:
     return [Note("train_loader.dataset.packing_ratio", said, ratio)]
 
 
+def _tokens(data: Tree) -> list[Note]:
+    """Say what tokens are where rows are not full: there only those of examples count."""
+    if look(data, "train_loader.name")[0] != "finetuning":
+        return []
+    said = "counts all tokens of rows, also those that fill them up; LLM Foundry counts those of examples alone"
+    return [Note(path, said, value) for path in DURATIONS if str(value := look(data, path)[0]).endswith("tok")]
+
+
 def _head_norms(data: Tree) -> list[Note]:
     """Set the norm of queries and keys that LLM Foundry uses."""
     model = data.get("model")
@@ -182,23 +212,28 @@ def _head_norms(data: Tree) -> list[Note]:
     return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
 
 
-_WRITTEN_OTHERWISE = re.compile(r"(\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(iter|sec|ep|ba|sp|tok|dur)", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(r"\s*\+?([\d._]+(?:e[-+]?\d{1,2})?)\s*(iter|sec|ep|ba|sp|tok|dur)", re.IGNORECASE)
+_PLAIN = re.compile(r"\d+(\.\d+)?(e\+?\d{1,2})?")
 _UNITS = {"iter": "ba", "sec": "s"}
 
 
 def _duration(value: object) -> str | None:
-    """Convert Composer's other spellings of a duration; None if there is nothing to convert.
+    """Composer's other spellings of a duration, in ours.
 
-    A number counts epochs, `iter` means steps, `90sec` is 90s, and `1h30m` or `1h0m30s` are converted to seconds. Units
-    may be uppercase, and `5e-2dur` becomes 0.05dur.
+    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` become seconds; units may
+    be capitals, and `5e-2dur` is 0.05dur. Numbers are what Python's float() reads: `10_000ba`, `.5dur`, `10 ba`.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value}ep"
     if not isinstance(value, str):
         return None
-    if match := _WRITTEN_OTHERWISE.fullmatch(value):
+    if match := _NUMBER_AND_UNIT.fullmatch(value):
         number, unit = match[1].lower(), match[2].lower()
-        exact = number if "e-" not in number else format(Decimal(number), "f")
+        try:
+            float(number)
+        except ValueError:
+            return None
+        exact = number if _PLAIN.fullmatch(number) else format(Decimal(number), "f")
         said = f"{exact}{_UNITS.get(unit, unit)}"
         return said if said != value else None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
@@ -303,6 +338,17 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
             f"model.attn_config.rope_hf_config.type: {kind!r} is not supported; known: linear, llama3, yarn"
         )
     return [put(data, "model.attn_config.rope_scaling", value)]
+
+
+def _rope_default(data: Tree) -> list[Note]:
+    """Give rotary positions without a `rope_impl` the one that they have there: dail, which reads no rope_hf_config."""
+    attention = look(data, "model.attn_config")[0]
+    if look(data, "model.name")[0] != "mpt_causal_lm" or not isinstance(attention, dict) or "rope_impl" in attention:
+        return []
+    if attention.pop("rope_hf_config", None) is None:
+        return []
+    said = "left out: rope_impl is missing, and dail, LLM Foundry's default, does not read it; rope_impl: hf does"
+    return [Note("model.attn_config.rope_hf_config", said)]
 
 
 def _learned_pos_emb(data: Tree, value: object) -> list[str]:

@@ -14,7 +14,7 @@ from llmfoundry.integrations.foundry_tree import Note, Tree
 
 _WHERE = "model.pretrained_model_name_or_path"
 # Keys that tune how a module is loaded and do not affect results.
-_GONE = {
+GONE = {
     "use_auth_token": "HF_TOKEN is read from the environment",
     "trust_remote_code": "code of a hub repository is never run",
     "use_flash_attention_2": "attention is flash on GPUs",
@@ -91,7 +91,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
     assert isinstance(name, str) and isinstance(overrides, dict) and isinstance(peft, dict)
     model, allow, said = _our_model(name, overrides, peft)
     notes += said
-    data["model"] = _merged(model, beside)
+    data["model"] = _merged(model, beside, whole="ffn_config")
     notes.append(Note("model", f"is that of {name}, written out in config.yaml"))
     if pretrained:
         notes += _weights_of(data, name, allow)
@@ -103,7 +103,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
 
 def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
     """Remove keys that do not affect results; returns mistakes."""
-    for path, why in _GONE.items():
+    for path, why in GONE.items():
         parent, _, key = path.rpartition(".")
         node: object = block
         for part in parent.split(".") if parent else ():
@@ -298,11 +298,11 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
     return [Note("model.pretrained", f"is now load_path: hf:{name}, load_weights_only: true{said}", True)]
 
 
-def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> Tree:
-    """Merge nested mappings; the second takes precedence."""
+def _merged(base: Mapping[str, object], over: Mapping[str, object], whole: str = "") -> Tree:
+    """Nested mappings, the second over the first; a key `whole` of the second takes the place of the first's."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        is_pair = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "ffn_config"
+        is_pair = isinstance(old, Mapping) and isinstance(value, Mapping) and key != whole
         merged[key] = _merged(old, value) if is_pair else value  # type: ignore[arg-type]
     return merged

@@ -150,10 +150,8 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    # Your own values, kept in config.yaml and given to loggers
-    metadata: dict[str, str | int | float | bool | None] = {}
-    # Name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
-    run_name: str | None = None
+    metadata: dict[str, object] = {}  # Your own values, kept in config.yaml and given to loggers
+    run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, data order and dropout
     max_seq_len: int = Field(gt=0, le=2**31)  # tokens per row

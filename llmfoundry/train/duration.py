@@ -164,6 +164,18 @@ class Timeline:
             raise ConfigError(f'"{duration}" is a time, and max_duration is not; write e.g. 100ba or 0.1dur')
         raise ConfigError(f'"{duration}" is not a wall-clock time, but max_duration is; write e.g. 10min or 0.1dur')
 
+    def counted_by_composer(self, duration: Duration) -> float:
+        """The same as Composer has it: a part of a run is rounded down, and tokens and rows are not rounded to steps.
+
+        Raises:
+            ConfigError: as `counted`.
+        """
+        whole = self.counted(duration)
+        if self.limit is not None or duration.unit not in ("dur", "tok", "sp"):
+            return whole
+        exact = self._exact(duration)
+        return math.floor(exact) if duration.unit == "dur" else float(exact)
+
     def position(self, step: int) -> int:
         """The position of the run after `step` steps, in the unit of `counted`."""
         return step if self.limit is None else math.floor(self.clock.seconds * 1000)

@@ -2,7 +2,8 @@
 
 Nothing is stored, so a resumed run needs the step and no more. Names, keys and formulas are Composer's and LLM
 Foundry's: with a warm-up, the very first step has factor 0. Composer sets the factor before it counts the step, so its
-second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same.
+second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same,
+and takes parts of a run and tokens as Composer takes them.
 `wsd` (warmup-stable-decay) is new. Where `max_duration` is a time by the clock, milliseconds take the place of steps.
 """
 
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 class Schedule:
     """A linear warm-up from 0 to `peak` over `warmup` steps, then `shape`."""
 
-    warmup: int
-    shape: Callable[[int], float]
+    warmup: float
+    shape: Callable[[float], float]
     peak: float = 1.0  # also if nothing follows the warm-up
     lag: int = 0  # steps by which the curve is late
 
@@ -45,7 +46,7 @@ class SchedulerConfig(Choice, tag="name"):
     name: str  # shape of the schedule
     t_warmup: Duration = Duration.parse("0ba")  # length of the linear warm-up from 0
     t_max: Duration = Duration.parse("1dur")  # end of the schedule
-    composer_step: bool = False  # apply each value one step late, as Composer does
+    composer_step: bool = False  # apply each value one step late, and round dur, tok and sp, as Composer does
 
     def build(self, timeline: Timeline) -> Schedule:
         """Build the schedule of a run.
@@ -62,14 +63,29 @@ class SchedulerConfig(Choice, tag="name"):
     def _curve(self, timeline: Timeline) -> Schedule:
         raise NotImplementedError
 
-    def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
-        warmup, end = _counted("t_warmup", self.t_warmup, timeline), _counted("t_max", self.t_max, timeline)
+    def _warmup_and_end(self, timeline: Timeline) -> tuple[float, float]:
+        warmup, end = self._counted("t_warmup", self.t_warmup, timeline), self._counted("t_max", self.t_max, timeline)
         if warmup > end:
             raise ConfigError(
-                f"scheduler.t_warmup={self.t_warmup} is {warmup} {_unit(timeline)}, more than the {end} of "
+                f"scheduler.t_warmup={self.t_warmup} is {warmup:.12g} {_unit(timeline)}, more than the {end:.12g} of "
                 f"t_max={self.t_max}; shorten the warm-up or train for longer"
             )
         return warmup, end
+
+    def _counted(self, key: str, duration: Duration, timeline: Timeline) -> float:
+        try:
+            return timeline.counted_by_composer(duration) if self.composer_step else timeline.counted(duration)
+        except ConfigError as error:
+            raise ConfigError(f"scheduler.{key}: {error}") from None
+
+    def _tail_start(self, key: str, tail: Duration, timeline: Timeline, warmup: float, end: float) -> float:
+        steps = self._counted(key, tail, timeline)
+        if warmup + steps > end:
+            raise ConfigError(
+                f"scheduler.{key}={tail} is {steps:.12g} {_unit(timeline)}; "
+                f"with {warmup:.12g} of warm-up more than the {end:.12g} of t_max"
+            )
+        return end - steps
 
 
 def warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
@@ -100,7 +116,7 @@ class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             return self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end)
 
         return Schedule(warmup, shape, self.alpha_i)
@@ -117,7 +133,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             return self.alpha_f + (1 - self.alpha_f) * (1 + math.cos(math.pi * _part(step, warmup, end))) / 2
 
         return Schedule(warmup, shape)
@@ -136,15 +152,15 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        scale = _counted("t_scale", self.t_scale, timeline)
+        scale = self._counted("t_scale", self.t_scale, timeline)
         if scale < 1:
             raise ConfigError(f"scheduler.t_scale={self.t_scale} is less than one step; write at least 1ba")
-        start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
+        start = self._tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
 
-        def decay(step: int) -> float:
+        def decay(step: float) -> float:
             return self.alpha_f_decay + (1 - self.alpha_f_decay) / math.sqrt((step - warmup + scale) / scale)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             if step < start or start == end:
                 return decay(step)
             top = decay(start)
@@ -166,9 +182,9 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        start = _tail_start("t_decay", self.t_decay, timeline, warmup, end)
+        start = self._tail_start("t_decay", self.t_decay, timeline, warmup, end)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             if step <= start:
                 return 1.0
             gone = _part(step, start, end)
@@ -178,27 +194,10 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
         return Schedule(warmup, shape)
 
 
-def _counted(key: str, duration: Duration, timeline: Timeline) -> int:
-    try:
-        return timeline.counted(duration)
-    except ConfigError as error:
-        raise ConfigError(f"scheduler.{key}: {error}") from None
-
-
 def _unit(timeline: Timeline) -> str:
     return "steps" if timeline.limit is None else "ms"
 
 
-def _part(step: int, start: int, end: int) -> float:
+def _part(step: float, start: float, end: float) -> float:
     """The elapsed part between `start` (0) and `end` (1); 1 after the end."""
     return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
-
-
-def _tail_start(key: str, tail: Duration, timeline: Timeline, warmup: int, end: int) -> int:
-    steps = _counted(key, tail, timeline)
-    if warmup + steps > end:
-        raise ConfigError(
-            f"scheduler.{key}={tail} is {steps} {_unit(timeline)}; "
-            f"with {warmup} of warm-up more than the {end} of t_max"
-        )
-    return end - steps

@@ -42,7 +42,7 @@ _CHANGED = {
     "model.ffn_config.lbl_process_group": ["global_group", "expert_group"],
     "train_loader.dataset.packing_ratio": ["auto"],
 }
-_FOREIGN = {"model": {"name": "mpt_causal_lm"}, "run_name": "a", "save_folder": "b"}
+_FOREIGN = {"model": {"name": "mpt_causal_lm", "attn_config": {"rope_impl": "hf"}}, "run_name": "a", "save_folder": "b"}
 
 
 def foundry_changed() -> str:

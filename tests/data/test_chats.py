@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from llmfoundry.code import refuse_code
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, ChatsConfig, LoaderConfig
 from llmfoundry.data.bins import BUFFER, best_fit
 from llmfoundry.data.chat_template import Renderer, Targets
-from llmfoundry.data.conversations import Conversation, Pair, example_of
+from llmfoundry.data.conversations import Conversation, Pair, example_of, preprocess
 from llmfoundry.data.mds import MDSWriter
 from tests.data.chat_templates import MARKED, plain
 from tests.data.chat_tokenizer import PLAIN, TOOLS, WITH_TOOLS, tokenizer, turns
@@ -234,6 +235,65 @@ def test_what_is_learned_can_be_chosen() -> None:
     assert everything.startswith("<|im_start|>user\nfirst words") and everything.endswith("d<|im_end|>\n")
     assert learned(CHATML, chat, prompts=1000) == learned(CHATML, chat)
     assert learned(CHATML, {"prompt": "a b c", "response": "d"}, prompts=1) == "a b cd<|endoftext|>"
+
+
+def foundrys(example: dict[str, object], prompts: int | None, responses: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels by the rule of LLM Foundry: each turn is tokenised by itself, and the last ends the text."""
+    own = tokenizer(CHATML)
+    said, before = [], ""
+    chat = example.get("messages", [])
+    for i in range(len(chat)):
+        if chat[i]["role"] == "assistant":
+            opened = own.apply_chat_template(chat[:i], tokenize=False, add_generation_prompt=True)
+            after = own.apply_chat_template(chat[: i + 1], tokenize=False)
+            said.append((opened[len(before) :], after[len(opened) :]))
+            before = after
+    said = said or [(example["prompt"], example["response"])]
+    ids, labels = [], []
+    for number, texts in enumerate(said, 1):
+        prompt, answer = (own(text, add_special_tokens=False)["input_ids"] for text in texts)
+        if number == len(said) and answer[-1] != own.eos_token_id:
+            answer = [*answer, own.eos_token_id]
+        ids += prompt + answer
+        labels += prompt if prompts is not None and len(prompt) >= prompts else [IGNORE] * len(prompt)
+        labels += answer if responses == "all" or number == len(said) else [IGNORE] * len(answer)
+    return ids, labels
+
+
+@pytest.mark.parametrize("prompts", [None, 0, 12])
+@pytest.mark.parametrize("responses", ["all", "last"])
+def test_turns_are_learned_as_llm_foundry_learns_them(responses: str, prompts: int | None) -> None:
+    renderer = Renderer(tokenizer(CHATML), Targets(responses, prompts, by_turn=True, skips_empty=True))
+    for example in (
+        {"messages": turns("!Be", "cat", "sees", "the owl likes many things", "all")},
+        {"messages": turns("a", "", "b", "c")},
+        {"messages": [*turns("a", "b", "c"), {"role": "tool", "content": "t"}, {"role": "assistant", "content": "d"}]},
+        {"prompt": "The cat", "response": " sees"},
+        {"prompt": "The cat", "response": " sees<|endoftext|>"},
+    ):
+        assert ours(renderer, example) == foundrys(example, prompts, responses)
+    for pair in ({"prompt": "", "response": "a"}, {"prompt": "a", "response": ""}):
+        assert not renderer.tokens(example_of(pair)).learned.any(), "left out"
+
+
+def test_prompts_are_learned_by_the_length_of_each_and_not_the_answers_between() -> None:
+    chat = {"messages": turns("a", "first", "b c d e f g h i j k", "second")}
+    said = learned(CHATML, chat, responses="last", prompts=12)
+    assert "first" not in said and "<|im_start|>user\na<" not in said and "b c d" in said and "second" in said
+
+
+@pytest.mark.parametrize("row", [
+    {"turns": [{"input_ids": [5, 6], "labels": [7]}, {"input_ids": [8], "labels": [9]}]},
+    {"input_ids": np.array([5, 6, 7, 8]), "labels": np.array([9])},
+    {"input_ids": np.array([5, 6, 7, 8]).tobytes(), "labels": np.array([9]).tobytes()},
+])  # fmt: skip
+def test_tokens_of_llm_foundrys_conversion_are_an_example(row: dict[str, object]) -> None:
+    renderer = Renderer(tokenizer(CHATML), Targets("last"))
+    ids, labels = ours(renderer, row)
+    assert ids == [5, 6, 7, 8, 9, renderer.tokenizer.eos_token_id]
+    assert labels == [IGNORE] * 4 + ids[4:]
+    with pytest.raises(ValueError, match="turn 0: labels: must be a list of token ids, found None"):
+        example_of({"turns": [{"input_ids": [1]}]})
 
 
 def test_a_tokenizer_without_template_gets_chatml() -> None:
@@ -483,6 +543,9 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
         ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
         ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is not one of none, all, length>=N"),
         ({"path": "a", "target_responses": "first"}, "target_responses"),
+        ({"path": "a", "split": "train[:5]"}, r"split: train\[:5\] is a part of a split"),
+        ({"hf_name": "a", "hf_kwargs": {"streaming": True}}, "hf_kwargs.streaming"),
+        ({"streams": {"x": {"local": "a", "repeat": 2}}}, "streams.x.repeat: examples are packed .* a weight"),
         ({"path": "a", "name": "text_files"}, "name=finetuning reads chats, and dataset.name is text_files; leave one"),
     ],
 )
@@ -529,6 +592,57 @@ def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> No
         ConfigError, match=r"train\.jsonl \(chats-train\): none of 1 examples has anything to learn within"
     ):
         loader(tmp_path, path=str(path), length=4)
+
+
+@pytest.mark.parametrize(
+    ("said", "n"),
+    [
+        ({"split": "train[:2]"}, 2),
+        ({"split": "train+test"}, 5),
+        ({"hf_name": "json", "hf_kwargs": {"data_files": ["train.jsonl", "test.jsonl"]}}, 5),
+        ({"hf_name": "json", "hf_kwargs": {"data_files": "nested.json", "field": "rows"}}, 2),
+    ],
+)
+def test_splits_and_files_are_those_of_load_dataset(
+    tmp_path: Path, said: dict[str, object], n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}", "response": "b"} for i in range(5)]
+    write_lines(tmp_path / "train.jsonl", rows[:3])
+    write_lines(tmp_path / "test.jsonl", rows[3:])
+    if "field" in said.get("hf_kwargs", {}):
+        (tmp_path / "nested.json").write_text(json.dumps({"rows": rows[:2]}))
+    assert loader(tmp_path, **({"hf_name": ".", "split": "train"} | said), documents=False).rows_per_epoch == n
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text"),
+    [
+        ("tatsu-lab/alpaca", {"text": "Do ### Response: it", "output": "y"}, "Do ### Response:| it"),
+        ("HuggingFaceH4/databricks_dolly_15k", {"instruction": "Add", "input": "1", "output": "2"},
+         "### Instruction:\nAdd\n1\n\n### Response:\n|2"),
+        ("HuggingFaceH4/databricks_dolly_15k", {"instruction": "Add", "input": "", "output": "2"},
+         "### Instruction:\nAdd\n\n### Response:\n|2"),
+        ("bigscience/P3", {"inputs": "a", "targets": "b"}, "a:|b"),
+        ("Muennighoff/P3", {"inputs": "a", "targets": "b"}, "a| b"),
+        ("Muennighoff/flan", {"inputs": "a\n", "targets": "b"}, "a\n|b"),
+        ("HuggingFaceH4/databricks_dolly_15k", {"prompt": "a", "response": "b"}, "a|b"),
+    ],
+)  # fmt: skip
+def test_names_of_datasets_stand_for_llm_foundrys_functions(name: str, row: dict[str, object], text: str) -> None:
+    found = example_of(preprocess(name)(row))
+    refuse_code({"preprocessing_fn": name}, "config.yaml", ["preprocessing_fn"])  # a checkpoint may name it
+    assert isinstance(found, Pair) and "|".join(found).endswith(text)
+
+
+def test_names_of_chats_stand_for_llm_foundrys_functions() -> None:
+    chat = turns("!s", "h", "g")
+    said = [{"from": who, "value": each["content"]} for who, each in zip(("system", "human", "gpt"), chat, strict=True)]
+    assert preprocess("teknium/OpenHermes-2.5")({"conversations": said, "id": 1}) == {"messages": chat}
+    assert preprocess("math-ai/StackMathQA")({"Q": "h", "A": "g", "meta": {}}) == {"messages": turns("h", "g")}
+    assert preprocess("AI-MO/NuminaMath-CoT")({"problem": "x", "messages": chat}) == {"messages": chat}
 
 
 def test_words_of_llm_foundry_are_known() -> None:

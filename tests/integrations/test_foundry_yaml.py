@@ -276,6 +276,10 @@ def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
         ("3Iter", "3ba"),
         ("5e-2dur", "0.05dur"),
         ("1e3ba", "1e3ba"),
+        ("10_000ba", "10000ba"),
+        ("10 ba", "10ba"),
+        (".5dur", "0.5dur"),
+        ("1_0_ba", "1_0_ba"),
     ],
 )
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
@@ -379,6 +383,36 @@ def test_what_the_top_level_leaves_out_is_as_it_is_there() -> None:
     assert translate(ours)[0] == ours
 
 
+@pytest.mark.parametrize(
+    ("given", "rows", "length"),
+    [
+        ({"device_train_microbatch_size": 4}, 4, 64),
+        ({}, 1, 64),
+        ({"device_eval_batch_size": 8, "icl_seq_len": 32}, 8, 32),
+    ],
+)
+def test_evaluations_have_the_rows_and_length_that_they_have_there(
+    given: dict[str, object], rows: int, length: int
+) -> None:
+    data, _ = translate(FOREIGN | {"icl_tasks": "tasks.yaml", "max_seq_len": 64} | given)
+    assert (data["device_eval_batch_size"], data["icl_seq_len"]) == (rows, length)
+    assert "icl_seq_len" not in translate(FOREIGN | {"max_seq_len": 64})[0]
+
+
+def test_files_of_checkpoints_may_have_their_defaults_and_be_null() -> None:
+    for name in (None, "latest-sharded-rank{rank}"):
+        assert translate({"save_latest_filename": name, "save_filename": None, "profiler": {}})[0] == {}
+
+
+def test_a_name_of_a_dataset_stands_for_its_function() -> None:
+    alpaca = {"name": "finetuning", "dataset": {"hf_name": "tatsu-lab/alpaca"}}
+    named = {"name": "finetuning", "dataset": {"hf_name": "json", "preprocessing_fn": "Muennighoff/P3"}}
+    own = {"name": "finetuning", "dataset": {"hf_name": "tatsu-lab/alpaca", "preprocessing_fn": "my.fns:fn"}}
+    data, _ = translate(FOREIGN | {"train_loader": alpaca, "eval_loader": [named, own]})
+    found = [each["dataset"]["preprocessing_fn"] for each in (data["train_loader"], *data["eval_loader"])]
+    assert found == ["tatsu-lab/alpaca", "Muennighoff/P3", "my.fns:fn"]
+
+
 def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
     loader = {"pin_memory": True, "timeout": 0, "num_workers": 8, "drop_last": False}
     data, notes = translate({"eval_loader": [{"label": "a", **loader}, {"label": "b", **loader}], **FOREIGN})
@@ -390,9 +424,10 @@ def test_what_a_dataset_leaves_out_is_as_it_is_there() -> None:
     loader = {"name": "finetuning", "dataset": {"hf_name": "a"}}
     text = {"name": "text", "dataset": {"local": "a", "shuffle": True}}
     data, notes = translate(FOREIGN | {"train_loader": loader, "eval_loader": [loader, text]})
-    assert data["train_loader"]["dataset"] == {"hf_name": "a", "shuffle": False, "target_responses": "last"}
-    assert data["eval_loader"][0]["dataset"] == {"hf_name": "a", "target_responses": "last"}
-    assert data["eval_loader"][1] == text and len(notes) == 3 + 3
+    chats = {"hf_name": "a", "target_responses": "last", "turn_by_turn": True}
+    assert data["train_loader"]["dataset"] == {"shuffle": False} | chats
+    assert data["eval_loader"][0]["dataset"] == chats
+    assert data["eval_loader"][1] == text and len(notes) == 5 + 4
     assert translate({"train_loader": loader})[0]["train_loader"] == loader, "a file in our words"
 
 
@@ -482,6 +517,20 @@ def test_what_an_evaluation_cannot_load_says_what_to_do(key: str, value: object,
     model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": "a/b", key: value}
     with pytest.raises(ConfigError, match=rf"models.0.model.{key}: is not supported; .*{says}"):
         of_evaluation({"models": [{"model_name": "a", "model": model}]})
+
+
+def test_an_evaluation_takes_the_keys_of_a_model_that_training_takes() -> None:
+    model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": "a/b", "init_device": "mixed", "use_logits": True,
+             "shift_labels": True, "additional_eval_metrics": [], "allow_embedding_resizing": True}  # fmt: skip
+    (found,) = of_evaluation({"models": [{"model_name": "a", "model": model}]})["models"]
+    assert found == {"model_name": "a", "load_path": "hf:a/b"}
+
+
+def test_tokens_of_rows_that_are_not_full_are_said() -> None:
+    tree = FOREIGN | {"max_duration": "1e6tok", "train_loader": {"name": "finetuning", "dataset": {"hf_name": "a"}}}
+    said = "max_duration='1e6tok': counts all tokens of rows, also those that fill them up"
+    assert any(note.startswith(said) for note in translate(tree)[1])
+    assert not any("tok" in note for note in translate(FOREIGN | {"max_duration": "1e6tok"})[1])
 
 
 def test_what_pure_reduces_in_is_said() -> None:
@@ -627,6 +676,7 @@ def test_each_rope_reads_its_own_config_alone() -> None:
     linear = {"rope": True, "rope_hf_config": {"type": "linear", "factor": 2.0}}
     assert _translated(attn_config=linear | {"rope_impl": "hf"}).attn_config.rope_scaling.type == "linear"
     assert _translated(attn_config=linear | {"rope_impl": "dail"}).attn_config.rope_scaling.type == "none"
+    assert _translated(attn_config=linear).attn_config.rope_scaling.type == "none", "dail is the default there"
     xpos = {"rope": True, "rope_dail_config": {"type": "xpos", "xpos_scale_base": 512}}
     with pytest.raises(ConfigError, match="rope_dail_config.type: 'xpos' is not supported"):
         _translated(attn_config=xpos | {"rope_impl": "dail"})

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, MptConfig
+from transformers import DbrxConfig, LlamaConfig, MptConfig
 
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_yaml import Untranslated, translate
@@ -133,3 +133,17 @@ def test_what_else_is_wrong_is_told_beside_a_model_that_is_missing(tmp_path: Pat
         translate(run_of(str(tmp_path / "nowhere")) | {"tp_config": {"strategy": "ffn"}})
     assert len(str(error.value).splitlines()) == 2
     assert dict(error.value.rest["model"])["name"] == "causal_lm"  # type: ignore[call-overload]
+
+
+def test_overrides_of_a_nested_block_leave_the_rest_of_it(tmp_path: Path) -> None:
+    ffn = {"moe_num_experts": 6, "moe_top_k": 3, "ffn_hidden_size": 24}
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 50, "max_seq_len": 64}
+    config = DbrxConfig(**sizes, attn_config={"kv_n_heads": 1, "clip_qkv": 8.0}, ffn_config=ffn).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["DbrxForCausalLM"]}))
+    over = {"ffn_config": {"moe_jitter_eps": 0.1}, "attn_config": {"clip_qkv": 4.0}}
+    model = translate(run_of(str(tmp_path), pretrained=False, config_overrides=over))[0]["model"]
+    assert isinstance(model, dict) and ffn.items() <= model["ffn_config"].items()
+    assert model["ffn_config"]["moe_jitter_eps"] == 0.1
+    assert (model["attn_config"]["clip_qkv"], model["attn_config"]["kv_n_heads"]) == (4.0, 1)
+    whole = translate(run_of(str(tmp_path), pretrained=False, ffn_config={"ffn_type": "mptmlp"}))[0]["model"]
+    assert whole["ffn_config"] == {"ffn_type": "mptmlp"}, "a block of ours takes the place of theirs"

@@ -151,6 +151,11 @@ def test_texts_begin_rows_of_their_own_without_wrap(
             "--tokenizer",
         ),
         (["data_prep", "convert_dataset_json", "--path", "no-such", "--out_root", "y"], "no such file or folder"),
+        (
+            ["data_prep", "convert_finetuning_dataset", "--dataset", "x", "--out_root", "y"],
+            "train on the dataset itself",
+        ),
+        (["data_prep", "convert_delta_to_json", "--delta_table_name", "x"], "write the table as parquet"),
         (["data_prep", "convert_dataset_json", "--path", "", "--out_root", "y"], "--path : no such file or folder"),
         (["data_prep", "convert_dataset_hf", "--dataset", "x", "--splits", "", "--out_root", "y"], "must not be empty"),
         (["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "a.txt/y"], "y: cannot be written: Not a"),

@@ -98,3 +98,12 @@ def test_an_unknown_schedule_names_the_nearest_known_one() -> None:
 def test_composers_curve_is_one_step_late(settings: dict[str, str], first_five: list[float]) -> None:
     assert curve(**settings, composer_step=True)[:5] == pytest.approx(first_five)
     assert curve(**settings)[:4] == pytest.approx(first_five[1:])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "third"),
+    [("0.018dur", 1.0), ("0.029dur", 1 / 2), ("1000tok", 1 / 1.25), ("12sp", 1 / 1.5), ("3ba", 1 / 3)],
+)
+def test_composer_rounds_a_part_of_a_run_down_and_does_not_round_tokens(warmup: str, third: float) -> None:
+    schedule = build(name="constant_with_warmup", t_warmup=warmup, composer_step=True)
+    assert schedule.multiplier(2) == pytest.approx(third)
