@@ -16,7 +16,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """The system's error behind an exception, if there is one; libraries in Rust only name its number."""
+    """Return the operating system's error behind an exception, or None. Rust libraries give only its number."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -49,10 +49,10 @@ def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, share
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a file that the user has named, whole or not at all; what is no file, like /dev/stdout, is written to.
+    """Write a file that the user has named, completely or not at all. A path like /dev/stdout is written to directly.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -61,17 +61,17 @@ def write_output(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, or leave the file as it is.
+    """Append a line to a file; on an error, leave the file unchanged.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     with path.open("ab", buffering=0) as file:
         write_line(file, line)
 
 
 def write_line(file: FileIO, line: str) -> None:
-    """The same for an open file."""
+    """Do the same as `append_line` for an open file."""
     before = file.tell() if file.seekable() else None
     content = memoryview(f"{line}\n".encode())
     try:
@@ -80,5 +80,5 @@ def write_line(file: FileIO, line: str) -> None:
     except OSError:
         with suppress(OSError):
             if before is not None:
-                file.truncate(before)  # half a line would spoil the next one
+                file.truncate(before)  # half a line would damage the next one
         raise

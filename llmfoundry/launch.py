@@ -56,20 +56,20 @@ def tell_torchrun(why: str) -> None:
 
 
 def broken_stdout(suspected: bool = False) -> OSError | None:
-    """Write out what was printed. What cannot be goes nowhere, as does all that follows: the end tries once more.
+    """Flush stdout. If that fails, discard this and all later output, because Python flushes once more at exit.
 
     Args:
-        suspected: write an empty line too; a long text that failed is not tried again.
+        suspected: also write an empty line, because a long text that failed is not written again.
 
     Returns:
-        Why it could not: the reader of a pipe is gone, a disk is full.
+        The error, e.g. because the reader of a pipe is gone or a disk is full; None if stdout works.
     """
     try:
         if suspected:
             sys.stdout.write("\n")
         sys.stdout.flush()
         return None
-    except ValueError:  # it is closed
+    except ValueError:  # stdout is closed
         return None
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -82,10 +82,10 @@ def broken_stdout(suspected: bool = False) -> OSError | None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """What is printed in here must not end a run; it is a warning where it cannot be."""
+    """Keep failures to print within the block from ending a run; log them as warnings."""
     try:
         yield
-    except SystemExit:  # by rich, which has sent the rest nowhere
+    except SystemExit:  # from rich, which has discarded the rest
         log.warning("stdout cannot be written: the reader of its pipe is gone; the run goes on without it")
     except OSError as error:
         found = broken_stdout(suspected=True)

@@ -99,7 +99,7 @@ class HFCheckpointer(AtIntervals):
         try:
             self._write(trainer, target)
             runtime.on_rank0(lambda: _put(target, place))
-        finally:  # of a failed export, nothing is left
+        finally:  # a failed export leaves nothing
             if runtime.is_rank0():
                 shutil.rmtree(target.parent if is_url(place) else target, ignore_errors=True)
         log.info("step %d: written for transformers to %s", trainer.state.step, place)
@@ -130,7 +130,7 @@ class HFCheckpointer(AtIntervals):
         if is_url(place):
             return Path(tempfile.mkdtemp(prefix="export-")) / folder.name
         target = folder.with_name(f"{folder.name}.new")
-        for left in target.parent.glob(f"{glob.escape(target.name)}*"):  # by a run that was killed
+        for left in target.parent.glob(f"{glob.escape(target.name)}*"):  # left by a killed run
             shutil.rmtree(left, ignore_errors=True)
         return target
 

@@ -37,7 +37,7 @@ class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
 
 
 class TokPerExpert(Callback):
-    """Reads the loads of a step, which came to the host with its metrics."""
+    """Reads the loads of a step, which are copied to the host with its metrics."""
 
     def __init__(self, config: TokPerExpertConfig) -> None:
         self.config = config

@@ -83,7 +83,7 @@ class Profiler(Callback):
         trace = folder / "profile" / f"steps-{self.config.start}-{last}-rank-{rank}.json.gz"
         lines = lines_of(list(found.events() or []))
         text = table(lines)
-        half = trace.with_name(f"half-{trace.name}")  # the ending says that it is packed
+        half = trace.with_name(f"half-{trace.name}")  # the name's ending selects compression
         try:
             trace.parent.mkdir(exist_ok=True)
             found.export_chrome_trace(str(half))

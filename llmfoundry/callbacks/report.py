@@ -124,7 +124,7 @@ class Report(Callback):
         return not evaluates and (is_last or step % max(PROBE_STEPS, total // PROBES) == 0)
 
     def _sample(self, trainer: Run) -> dict[str, object]:
-        """Loads, entropy and biases of the last step, by layer; only biases are still on the device."""
+        """Return loads, entropy and biases of the last step, by layer. Only the biases are still on the device."""
         assert trainer.router is not None
         load = trainer.router.load / trainer.router.load.sum(1, keepdim=True)  # (L, E)
         tokens = trainer.config.global_train_batch_size * trainer.loader.max_seq_len

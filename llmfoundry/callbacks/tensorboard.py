@@ -72,7 +72,7 @@ class Tensorboard(Callback):
             self._failing = False
 
     def _guarded(self, write: Callable[[], None]) -> None:
-        """A full disk must not end a run; its thread that writes has ended, so that a new writer is needed."""
+        """Survive a full disk: it ends the writer's thread, so a new writer is needed."""
         try:
             write()
         except OSError as error:

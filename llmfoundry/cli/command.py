@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, errors in one line, and reading a run's YAML.
+"""Code that all commands share: exit codes, errors in one line, and reading a run's YAML.
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
 (with a traceback, and the rank that it happened on), 128 + n after signal n where nothing was saved: before the first
@@ -90,7 +90,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # the exit code tells it too
+    with suppress(OSError, ValueError):  # the exit code tells the same
         print(text, file=sys.stderr, flush=True)
 
 
@@ -102,7 +102,7 @@ def _unexpected(error: Exception, rank: str) -> int:
 
 
 def _without_stdout(error: OSError, rank: str) -> int:
-    """What was printed could not be written; a reader that has seen enough, like `head`, is no error to speak of."""
+    """Return the exit code if stdout cannot be written; print the error unless the reader has left, like `head`."""
     if error.errno == errno.EPIPE:
         return launch.SIGNALLED + signal.SIGPIPE
     _say(f"{rank}error: stdout cannot be written: {error.strerror}")

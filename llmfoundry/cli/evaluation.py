@@ -41,7 +41,7 @@ class TaskOptions(NamedTuple):
     allow_code: bool = False
 
     def check(self) -> None:
-        """Refuse options without what they are for, and a file that cannot be written; raises ConfigError."""
+        """Refuse options that lack the option they belong to, and a file that cannot be written; raise ConfigError."""
         if self.output is not None:
             check_output(self.output)
         if self.gauntlet and not self.icl_tasks:

@@ -30,7 +30,7 @@ _LEFT_OUT = dict.fromkeys(
      "use_auth_token"), _NO_TOKEN,
 ) | dict.fromkeys(("model_dtype", "autocast_dtype"), _ROUNDING)  # fmt: skip
 _PROMPTS = ("My name is", "This is an explanation of deep learning to a five year old. Deep learning is")
-# Commands of their data_prep that are not here, and what to do instead.
+# Commands of LLM Foundry's data_prep that are not available, and what to do instead.
 _NO_PREPARATION = {
     "convert_finetuning_dataset": "is not needed: train on the dataset itself, by train_loader: {name: finetuning, "
     "dataset: {hf_name: ..., preprocessing_fn: ...}}",

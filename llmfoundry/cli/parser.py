@@ -89,7 +89,7 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
 
 
 def local(text: str) -> Path:
-    """The `type` of an option that is a path of this machine; `~` is expanded, as the shell does not in `--out=~/x`."""
+    """An argparse `type`: a local path. It expands `~`, because the shell does not in `--out=~/x`."""
     try:
         return Path(local_path(text))
     except ValueError as error:

@@ -59,7 +59,7 @@ class _Said(NamedTuple):
 
     text: str
     spans: list[Span]  # learned spans, in characters
-    answers: list[Span]  # all that the assistant says
+    answers: list[Span]  # everything that the assistant says
     inside: int  # as in Tokens
     without_calls: bool
 
@@ -69,16 +69,16 @@ class Targets(NamedTuple):
 
     responses: Responses = "all"
     prompts: int | None = None  # prompts of this many tokens or more are learned too; None: never
-    by_turn: bool = False  # turns are tokenised one by one, each with all that the template writes after its answer
+    by_turn: bool = False  # tokenize turns one by one, each with all that the template writes after its answer
     skips_empty: bool = False  # whether an empty prompt or answer leaves nothing to learn
 
 
 class _Turn(NamedTuple):
-    """What comes before an answer, and the answer."""
+    """An answer, and what comes before it, as token ids."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
-    learned: bool = True  # the answer, where those of its place are
+    learned: bool = True  # whether the answer is learned, if answers at its position are
 
 
 class Renderer:
@@ -150,7 +150,7 @@ class Renderer:
         return self._joined([_Turn(prompt, response)])
 
     def _joined(self, turns: Sequence[_Turn]) -> Tokens:
-        """Turns one after the other, and an end-of-text token if the last does not end with one."""
+        """Concatenate turns, and add an end-of-text token if the last does not end with one."""
         ids, learned = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
         least, eos = self.targets.prompts, self.tokenizer.eos_token_id
         for number, (prompt, answer, wanted) in enumerate(turns, 1):
@@ -166,7 +166,7 @@ class Renderer:
         return Tokens(np.concatenate(ids), np.concatenate(learned))
 
     def _turns(self, example: Conversation) -> list[_Turn] | None:
-        """The turns that end with an answer; None if the template does not render them one after the other."""
+        """Return the turns that end with an answer; None if the template does not render them one after the other."""
         if example.tools or any("tool_calls" in message for message in example.messages):
             return None
         seconds = SECONDS + SECONDS_OF_MESSAGE * len(example.messages)
@@ -175,7 +175,7 @@ class Renderer:
         except Exceeded as error:
             raise ValueError(f"the chat template {error}") from None
         except ValueError:
-            return None  # it refuses a part of them
+            return None  # the template refuses a part of the messages
         if texts is None:
             return None
         ids = {i: [self._encoded(text)["input_ids"] for text in pair] for i, pair in texts.items()}
@@ -296,7 +296,7 @@ def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.b
 
 
 def _long_runs(marks: NDArray[np.bool_], least: int) -> NDArray[np.bool_]:
-    """The marks of runs, one after the other without a gap, that have `least` or more."""
+    """Keep only the marks that are in runs of at least `least` consecutive marks."""
     bounds = np.flatnonzero(np.diff(np.concatenate(([False], marks, [False])).astype(np.int8)))
     found = np.zeros_like(marks)
     for start, end in bounds.reshape(-1, 2):

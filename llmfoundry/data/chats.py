@@ -37,7 +37,7 @@ from llmfoundry.runtime import cache_root
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-_PLACES = {"data_files", "data_dir"}  # the keys of hf_kwargs that say where files are
+_PLACES = {"data_files", "data_dir"}  # keys of hf_kwargs that say where files are
 _READERS = ("json", "csv", "parquet")  # the names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
@@ -45,19 +45,19 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/5"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/5"  # version of the tokenized rows; rows of another version are made again
 
     path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
     hf_kwargs: dict[str, object] = {}  # arguments of datasets.load_dataset; with these it can read local files too
-    # `package.module:function`, which converts a row to a known format; a mapping from our columns to the data's, e.g.
-    # {prompt: question, response: answer}; or a dataset whose rows LLM Foundry knows, e.g. tatsu-lab/alpaca
+    # `package.module:function` that converts a row to a known format; a mapping from known columns to the data's, e.g.
+    # {prompt: question, response: answer}; or a dataset whose rows LLM Foundry converts, e.g. tatsu-lab/alpaca
     preprocessing_fn: str | dict[str, str] | None = None
     chat_template: str | None = None  # replaces the tokenizer's template: a file, or the template itself
     target_responses: Responses = "all"  # for conversations: learn all of the assistant's turns, or only the last
     target_prompts: str = "none"  # none, all, or length>=N: also learn prompts of at least N tokens
-    # As LLM Foundry: tokenise each turn by itself, and learn all that the template writes after an answer, and an
-    # end-of-text token after the last; of other data than MDS, leave out examples with an empty prompt or answer
+    # As in LLM Foundry: tokenize each turn separately, and also learn what the template writes after an answer and an
+    # end-of-text token after the last; except for MDS data, leave out examples with an empty prompt or answer
     turn_by_turn: bool = False
     skip_bad_rows: int = Field(default=0, ge=0)  # number of unreadable rows to skip before the data is refused
     # accepted, without effect: examples share rows exactly if attention keeps them apart
@@ -95,7 +95,7 @@ class ChatsConfig(Folders, names=("chats",)):
         if self.target_prompts not in ("none", "all") and at_least is None:
             raise ValueError(f"target_prompts: {self.target_prompts!r} is not one of none, all, length>=N")
         least = 0 if self.target_prompts == "all" else int(at_least[1]) if at_least else None
-        folders = self.local or self.remote or self.streams  # of which LLM Foundry leaves out nothing
+        folders = self.local or self.remote or self.streams  # LLM Foundry leaves out no examples of MDS folders
         return Targets(self.target_responses, least, self.turn_by_turn, self.turn_by_turn and not folders)
 
     def of_split(self, split: str) -> Self:

@@ -56,7 +56,7 @@ class Pair(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Turns of a prompt and an answer, as token ids."""
+    """Turns of a prompt and an answer as token ids."""
 
     turns: list[tuple[list[int], list[int]]]
 
@@ -112,10 +112,10 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
 
 
 def tokenized(turns: object) -> Tokenized:
-    """Turns that LLM Foundry's convert_finetuning_dataset has tokenised.
+    """Read turns that LLM Foundry's convert_finetuning_dataset has tokenized.
 
     Raises:
-        ValueError: they are not lists of whole numbers.
+        ValueError: if a turn is not lists of token ids.
     """
     found = []
     for number, turn in enumerate(_turns(turns)):
@@ -263,13 +263,13 @@ def _calls(said: str) -> list[Row]:
 
 
 def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
-    """What `preprocessing_fn` names: a mapping from our columns to the data's, a dataset of `foundry_tasks.TASKS`, or
-    `package.module:function`.
+    """Return the function that `preprocessing_fn` stands for.
 
-    The function is looked for in the working directory and in the files of `code_paths` too.
+    It may be a mapping from the known column names to the data's, a dataset of `foundry_tasks.TASKS`, or
+    `package.module:function`, which is also looked for in the working directory and in the files of `code_paths`.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: if the function does not exist.
     """
     if given is None:
         return lambda row: row

@@ -1,7 +1,7 @@
-"""What LLM Foundry makes of the rows of some datasets of the hub: values of `preprocessing_fn` of `finetuning` data.
+"""Convert rows of some hub datasets as LLM Foundry does: values of `preprocessing_fn` of `finetuning` data.
 
-Each function takes a row and returns one of a known format (data/conversations.py). A row with none of its columns, as
-of a copy of the dataset that was prepared before, stays as it is.
+Each function takes a row and returns one of a known format (data/conversations.py). A row that has none of the expected
+columns (e.g. of a copy of the dataset that was prepared before) is returned unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _reads(*columns: str) -> Callable[[Function], Function]:
 
 @_reads("text")
 def alpaca(row: Row) -> Row:
-    """The column `text`, in which the answer follows its mark."""
+    """Split the column `text` at the mark before the answer."""
     text = _text(row, "text")
     prompt, mark, response = text.partition(_ANSWER)
     if not mark or _ANSWER in response:
@@ -44,7 +44,7 @@ def alpaca(row: Row) -> Row:
 
 @_reads("instruction", "input", "output")
 def dolly(row: Row) -> Row:
-    """An instruction with an input that may be empty, and its output."""
+    """Convert an instruction with an optional input, and its output."""
     context = _text(row, "input")
     instruction = "\n".join([_text(row, "instruction"), *([context] if context else [])])
     return {"prompt": _TASK.format(instruction=instruction), "response": _text(row, "output")}
@@ -52,13 +52,13 @@ def dolly(row: Row) -> Row:
 
 @_reads("inputs", "targets")
 def p3(row: Row) -> Row:
-    """Inputs, which end with a colon, and targets."""
+    """Convert inputs, to which a colon is appended, and targets."""
     return {"prompt": _text(row, "inputs") + ":", "response": _text(row, "targets")}
 
 
 @_reads("inputs", "targets")
 def flan(row: Row) -> Row:
-    """Inputs and targets with white space between them."""
+    """Convert inputs and targets, separated by white space."""
     prompt, response = _text(row, "inputs"), _text(row, "targets")
     space = "" if prompt.endswith((" ", "\n", "\t")) or response.startswith((" ", "\n", "\t")) else " "
     return {"prompt": prompt, "response": space + response}
@@ -66,7 +66,7 @@ def flan(row: Row) -> Row:
 
 @_reads("conversations")
 def sharegpt(row: Row) -> Row:
-    """Turns with `from` and `value`."""
+    """Convert turns with `from` and `value`."""
     roles = {"human": "user", "gpt": "assistant"}
     turns = cast(list[Row], row["conversations"])
     return {"messages": [{"role": roles.get(str(t["from"]), t["from"]), "content": t["value"]} for t in turns]}
@@ -74,14 +74,14 @@ def sharegpt(row: Row) -> Row:
 
 @_reads("Q", "A")
 def question_and_answer(row: Row) -> Row:
-    """The columns `Q` and `A` as a conversation."""
+    """Convert the columns `Q` and `A` to a conversation."""
     said = (("user", _text(row, "Q")), ("assistant", _text(row, "A")))
     return {"messages": [{"role": role, "content": text} for role, text in said]}
 
 
 @_reads("messages")
 def messages(row: Row) -> Row:
-    """The column `messages` alone."""
+    """Keep only the column `messages`."""
     return {"messages": row["messages"]}
 
 

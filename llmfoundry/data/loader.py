@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return [self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device.
+        """Copy the batch to another device.
 
         The host does not wait for what a GPU has still to do: from memory that is not pinned, a copy may begin only
         when all that was launched before it has ended.

@@ -64,13 +64,13 @@ DataPath = Annotated[str, AfterValidator(data_path)]
 
 
 def place(path: str, placeholders: tuple[str, ...] = ()) -> str:
-    """A folder to write to: on this machine, or in a store that keeps what is written.
+    """Check a folder to write to: a local folder, or one in a store that keeps what is written.
 
     Args:
         placeholders: those that are filled in later.
 
     Raises:
-        ValueError: it is neither, or has a placeholder that nothing fills in.
+        ValueError: if it is neither, or has an unknown placeholder.
     """
     if not path.strip():
         raise ValueError("is empty; name a folder")
@@ -96,7 +96,7 @@ def place(path: str, placeholders: tuple[str, ...] = ()) -> str:
     return path
 
 
-# Protocols of fsspec: those that cannot be written to, and those whose paths begin by a bucket or container.
+# fsspec protocols that cannot be written to, and those whose paths begin with a bucket or container.
 _READ_ONLY = {
     "async_wrapper", "blockcache", "cached", "data", "filecache", "generic", "git", "github", "http", "https",
     "libarchive", "reference", "simplecache", "tar", "zip",
@@ -352,7 +352,7 @@ def delete(url: str) -> None:
 
     def remove() -> None:
         fs.invalidate_cache()
-        if _is_pattern(path):  # of which `rm` would delete what others have
+        if _is_pattern(path):  # `rm` would delete other files that match it
             for name in fs.find(path):
                 fs.rm_file(name)
         elif fs.exists(path):

@@ -229,13 +229,13 @@ def check_apart(places: Iterable[tuple[int, int, str]]) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears when it is complete.
+    """Create a folder that appears only when it is complete.
 
     Yields:
-        A temporary folder beside `path`, to be filled. It gets its name at the end, and is deleted on any error.
+        A temporary folder beside `path` to fill. It is renamed to `path` at the end, and deleted on any error.
 
     Raises:
-        ConfigError: there is something at `path`, or it cannot be written: the disk is full, say.
+        ConfigError: if `path` is in use, or cannot be written, e.g. because the disk is full.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: is in use; name a folder that does not exist, or an empty one")
@@ -253,7 +253,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if found is None or found.errno not in (*NO_ROOM, *FORBIDDEN):
             raise
         if found.filename is not None and not str(found.filename).startswith(str(temporary)):
-            raise  # what could not be read
+            raise  # the error is about reading another file
         advice = "make room, or name another disk" if found.errno in NO_ROOM else "name another folder"
         raise ConfigError(f"{path}: cannot be written: {found.strerror}; {advice}") from None
 

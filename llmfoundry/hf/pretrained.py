@@ -318,17 +318,18 @@ def save_pretrained(
     generation: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
+    """Write a model as a Hugging Face checkpoint. If the model is sharded, all ranks call this; rank 0 writes.
 
     Args:
-        folder: must not exist, or be empty; it appears when it is complete.
-        dtype: of the weights; None: as the model has them.
-        model_type: the family; None: the first that can hold the model.
-        generation: a generation_config.json; None: that of the folder which the tokenizer was read from, if it has one.
-        optimizer: of a model that is being trained; its state may hold the low halves of weights (kernels/halves.py).
+        folder: the folder to write. It must not exist or must be empty; it appears when it is complete.
+        dtype: dtype of the Hugging Face tensors; None: the dtype of the model's weights.
+        model_type: the Hugging Face model type; None: the first family that can represent the model.
+        generation: the text of a generation_config.json.
+        optimizer: the optimizer of a model in training; its state may hold the low halves of weights
+            (kernels/halves.py).
 
     Raises:
-        ConfigError: no family can hold the model, or the folder is in use.
+        ConfigError: on all ranks, if no family can represent the model, or the folder is in use or cannot be written.
     """
     source = _Model(model, optimizer)
 
@@ -350,7 +351,7 @@ def save_pretrained(
         pieces = pieces_of(family, model.config, family.layouts[0])
         copies = pieces.writing()
         for name, spec in _their_specs(pieces, source, dtype).items():
-            for offsets, box in boxes(spec):  # what rank 0 asks of all
+            for offsets, box in boxes(spec):  # the same collectives as on rank 0
                 fill(torch.empty(box.shape, dtype=box.dtype), offsets, copies[name], source)
 
     runtime.all_or_none(write if runtime.is_rank0() else follow)

@@ -27,11 +27,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the files of a tokenizer.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: if they cannot be written.
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # of a library in Rust, which raises no OSError
+    except Exception as error:  # from a Rust library, which does not raise OSError
         found = os_error(error)
         if found is None or found is error:
             raise

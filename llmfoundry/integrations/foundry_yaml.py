@@ -176,7 +176,7 @@ def _data_defaults(data: Tree) -> list[Note]:
 
 
 def _task(dataset: Tree, place: str) -> list[Note]:
-    """Some names of datasets stand for a function there, also where no preprocessing_fn is written."""
+    """Set the preprocessing_fn that LLM Foundry implies by the names of some datasets."""
     name = dataset.get("hf_name")
     if dataset.get("preprocessing_fn") is not None or name not in TASKS:
         return []
@@ -198,7 +198,7 @@ def _packed(data: Tree) -> list[Note]:
 
 
 def _tokens(data: Tree) -> list[Note]:
-    """Say what tokens are where rows are not full: there only those of examples count."""
+    """Note that LLM Foundry does not count padding tokens in durations of `finetuning` data."""
     if look(data, "train_loader.name")[0] != "finetuning":
         return []
     said = "counts all tokens of rows, also those that fill them up; LLM Foundry counts those of examples alone"
@@ -218,7 +218,7 @@ _UNITS = {"iter": "ba", "sec": "s"}
 
 
 def _duration(value: object) -> str | None:
-    """Composer's other spellings of a duration, in ours.
+    """Convert Composer's other spellings of a duration; None if it needs no change or cannot be read.
 
     A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` become seconds; units may
     be capitals, and `5e-2dur` is 0.05dur. Numbers are what Python's float() reads: `10_000ba`, `.5dur`, `10 ba`.
@@ -341,7 +341,7 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
 
 
 def _rope_default(data: Tree) -> list[Note]:
-    """Give rotary positions without a `rope_impl` the one that they have there: dail, which reads no rope_hf_config."""
+    """Drop `rope_hf_config` if `rope_impl` is missing: LLM Foundry's default, dail, does not read it."""
     attention = look(data, "model.attn_config")[0]
     if look(data, "model.name")[0] != "mpt_causal_lm" or not isinstance(attention, dict) or "rope_impl" in attention:
         return []

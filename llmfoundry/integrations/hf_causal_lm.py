@@ -303,7 +303,7 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object], whole: str = "") -> Tree:
-    """Nested mappings, the second over the first; a key `whole` of the second takes the place of the first's."""
+    """Merge nested mappings; `over` takes precedence, and its value of the key `whole` replaces that of `base`."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

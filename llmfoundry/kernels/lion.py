@@ -1,7 +1,7 @@
-"""Lion in one pass: weights move by the sign of a mean of momentum and gradient, then the momentum is updated.
+"""Lion in one pass: weights move by the sign of a mean of momentum and gradient; then the momentum is updated.
 
-As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights and momentum in
-bfloat16 are rounded at random, by the same bits on every mesh.
+As in `update.py`, the scale of the gradients and the skip flag are read on the device. Weights and momentum in bfloat16
+use stochastic rounding, with the same random bits on every mesh.
 
 Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8 or 4, copy 2.
 
@@ -45,13 +45,13 @@ def lion_(
     """`w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g`, in place.
 
     Args:
-        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
-        moment: float32 (float64 on CPUs), or bfloat16 that is rounded at random.
-        grad: of any float dtype; it is divided by `divisor`, and read only.
-        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
+        weight: not empty. In bfloat16 it is stochastically rounded, unless its low half is in `beside`.
+        moment: float32 (float64 on CPUs), or bfloat16 with stochastic rounding.
+        grad: any float dtype; it is divided by `divisor` when read, and not changed.
+        beside: a bfloat16 copy that receives the new weight, or the int16 low half (halves.py), or empty.
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
-        skip: () float32; 1 leaves everything as it is.
+        skip: () float32; 1: nothing is changed.
         place: the `Place` of this part in its whole tensor.
     """
     dense = all(each.is_contiguous() for each in (weight, moment, *beside))

@@ -142,9 +142,9 @@ def tiles_length(n_experts: int, n_rows: int) -> int:
 
 
 def _lengths(n_experts: int, n_rows: int) -> list[int]:
-    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers.
+    """Return the lengths of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes for aligned pointers.
 
-    Not cached: where a compiled graph is of any number of rows, `n_rows` is a symbol, which has no hash.
+    It is not cached, because in a compiled graph for any number of rows `n_rows` is a symbol, which has no hash.
     """
     bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
     return [n_experts, -n_experts % 4, bound, bound, 1, 3, n_experts]

@@ -282,7 +282,7 @@ class Attention(nn.Module):
             if grouped and mask is not None:  # PyTorch's fused kernels support groups or a mask, not both
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, P, C)
                 grouped = False
-            # One query sees all keys. A bool also where a compiled graph is of any length, or it would end here.
+            # One query sees all keys. A bool even in a graph for any length, which a symbolic value would break.
             causal = True if mask is None and q.shape[2] > 1 else False
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=drop, is_causal=causal, scale=self.scale, enable_gqa=grouped

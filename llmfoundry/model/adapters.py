@@ -60,18 +60,18 @@ def save_peft(
     base_model: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write a model's adapters as peft reads them.
+    """Write a model's adapters in PEFT's format.
 
     Args:
-        model: sharded or not; every rank has to call this, and the first one writes.
-        folder: made if need be.
+        model: the model, sharded or not. All ranks must call this; rank 0 writes.
+        folder: the folder to write to; it is created if needed.
         names: the Hugging Face model's names.
-        base_model: what `base_model_name_or_path` shall say.
-        optimizer: of a model that is being trained; it may keep the low halves of weights (kernels/halves.py).
+        base_model: the value of `base_model_name_or_path`.
+        optimizer: the optimizer of a model in training; it may keep the low halves of weights (kernels/halves.py).
 
     Raises:
-        ValueError: the model has no adapters.
-        OSError: they cannot be written; on all ranks.
+        ValueError: if the model has no adapters.
+        OSError: on all ranks, if they cannot be written.
     """
     config = model.config.lora
     if config is None:

@@ -79,7 +79,7 @@ class AllGather(Exchange):
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
         """Return the tokens in flight; their transfer began when the exchange was created."""
         tokens, routing = self._started
-        del self._started  # a transfer has its exchange, which would keep both alive if it had them
+        del self._started  # a transfer refers to its exchange: a reference back would keep both alive
         return in_flight(x, weights, (Transfer(self, tokens), Transfer(self, routing)))
 
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:

@@ -1,9 +1,9 @@
-"""Compiled blocks: one function for each kind of block, so that every kind has a recompile limit of its own.
+"""Compiled blocks: one function for each kind of block, so that every kind has its own recompile limit.
 
-torch.compile keeps its graphs by code object and runs a function eagerly after eight of them. All blocks share the code
+torch.compile stores graphs by code object and runs a function eagerly after eight of them. All blocks share the code
 of `Block.forward`, and each kind of block needs several graphs: with and without gradient, in training and evaluation,
-for a batch of fixed and of any size, of one row or token, with and without a mask. So each kind gets a copy of the code
-and a limit that no combination of these reaches.
+for batches of a fixed and of any size, of one row or token, with and without a mask. So each kind gets a copy of the
+code and a limit that no combination of these reaches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmfoundry.layers.graphs import with_own_code
 from llmfoundry.model.transformer import Block, BlockOutput, CausalLM
 from llmfoundry.moe.layer import MoE
 
-LIMIT = 32  # graphs of one kind of block
+LIMIT = 32  # maximum number of graphs of one kind of block
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -106,7 +106,7 @@ class _Sent(NamedTuple):
     """A gradient whose rows are being sent."""
 
     grad: Tensor
-    done: torch.Event | None  # None where nothing runs later
+    done: torch.Event | None  # None if nothing runs asynchronously
 
 
 class Inbox:

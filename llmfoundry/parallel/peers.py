@@ -26,9 +26,9 @@ from llmfoundry import runtime
 
 log = logging.getLogger(__name__)
 
-MEETING = 60.0  # seconds, at most, that ranks wait for each other to map memory
-WAITED = "another rank did not come"  # why it failed on a rank that was ready
-LONGEST_NAME = 107  # bytes of a Unix socket's name
+MEETING = 60.0  # maximum seconds that ranks wait for each other to map memory
+WAITED = "another rank did not come"  # the reason on a rank that was ready
+LONGEST_NAME = 107  # maximum bytes of a Unix socket's name
 
 
 class Shared(NamedTuple):
@@ -46,11 +46,11 @@ class Shared(NamedTuple):
             parts[rank].copy_(self.of_rank[rank], non_blocking=True)
 
     def barrier(self, channel: int) -> None:
-        """Let the current stream wait until a stream of every rank is here.
+        """Make the current stream wait until a stream of every rank has reached this barrier.
 
-        What those streams copied before is there after it. Barriers of streams that run beside each other use other
-        channels. NCCL's watchdog does not see them: a GPU that waits for longer than a collective may take ends the
-        process, by an error of CUDA that the host finds when it next waits for that GPU.
+        What those streams copied before the barrier is visible after it. Barriers of concurrent streams use different
+        channels. NCCL's watchdog does not see them: a GPU that waits longer than the timeout of collectives ends the
+        process by a CUDA error, which the host sees when it next waits for that GPU.
         """
         self.handle.barrier(channel=channel, timeout_ms=round(1000 * runtime.timeout()))
 
@@ -58,7 +58,7 @@ class Shared(NamedTuple):
 class Peers:
     """The ranks of a group whose GPUs can access each other's memory."""
 
-    broken = ""  # why this process meets no more: torch counts meetings, and ranks may not agree on their number
+    broken = ""  # why this process maps no more memory: PyTorch counts rendezvous, and ranks may differ in it
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -78,13 +78,13 @@ class Peers:
         if not _agreed(reached, group, device):
             return None
         peers = cls(group)
-        # A container may forbid it.
+        # A container may forbid access.
         return peers if peers.can_meet() and peers.allocate(1, torch.uint8, device) is not None else None
 
     def can_meet(self) -> bool:
-        """Whether torch's sockets work, by which ranks hand each other their memory. A collective.
+        """Return whether the sockets work by which PyTorch passes memory handles between ranks. A collective.
 
-        A rank whose socket is missing would be waited for without a timeout, with the interpreter's lock held.
+        Otherwise, ranks would wait for a missing socket without a timeout, with the interpreter's lock held.
         """
         why, folder = "", _folder_of_sockets()
         try:
@@ -98,10 +98,10 @@ class Peers:
         return not self._failed(why)
 
     def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared | None:
-        """Memory for `n` values on each rank, unset. A collective.
+        """Allocate memory for `n` values on each rank, uninitialized. A collective.
 
         Returns:
-            None on every rank where it failed on one: for lack of memory, say. The others would wait for that rank.
+            The memory, or None on every rank if it failed on one, e.g. for lack of memory.
         """
         mine, shared, why = None, None, Peers.broken
         try:
@@ -122,7 +122,7 @@ class Peers:
         return shared
 
     def _failed(self, why: str) -> bool:
-        """Whether there is a reason on some rank, of which the first is then logged, once. A collective."""
+        """Return whether any rank has a reason; the first reason is logged, once. A collective."""
         reasons: list[str] = [""] * self.size
         dist.all_gather_object(reasons, why, group=self.group)
         ranks = dist.get_process_group_ranks(self.group)
@@ -149,7 +149,7 @@ def _agreed(flag: bool, group: ProcessGroup, device: torch.device) -> bool:
 
 
 def _together() -> float:
-    """Seconds that ranks wait for each other to map memory: all come at once, and then agree by NCCL."""
+    """Return the seconds that ranks wait for each other to map memory. All arrive at once, and then agree by NCCL."""
     return min(MEETING, runtime.timeout() / 4)
 
 
@@ -158,15 +158,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _folder_of_sockets() -> str:
-    """Where torch's rendezvous makes them."""
+    """Return the folder where PyTorch's rendezvous creates its sockets."""
     return next((os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), "/tmp")
 
 
 def _try_socket(folder: str) -> None:
-    """Make a socket as torch's rendezvous does, and clear away one of a killed process that had this one's number.
+    """Create a socket as PyTorch's rendezvous does; remove one left by a killed process with the same process id.
 
     Raises:
-        OSError: it cannot be made, or its name is longer than torch checks before it copies it.
+        OSError: if the socket cannot be created, or its name is too long, which PyTorch does not check.
     """
     name = f"{folder}/symm_mem-{os.getpid()}"
     if len(os.fsencode(name)) > LONGEST_NAME:
