@@ -60,8 +60,8 @@ def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
     return float((out.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30))
 
 
-# Few tokens: in the interpreter, the kernels that move rows take most of the time, a program for each token. The largest
-# case has two tiles for an expert, and several steps over its rows.
+# Few tokens: in the interpreter, the kernels that move rows take most of the time, a program for each token. The
+# largest case has two tiles for an expert, and several steps over its rows.
 CASES = [
     (11, 32, 16, 4, 2, True, "silu", "natural"),
     (130, 16, 40, 4, 2, True, "gelu", "hot"),  # two tiles for the first expert
