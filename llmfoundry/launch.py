@@ -116,6 +116,12 @@ def leave(code: int) -> NoReturn:
         if "RANK" not in os.environ:  # a single process
             sys.exit(code)
         atexit._run_exitfuncs()
+    leave_at_once(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process, from any thread, once what it has printed is written."""
+    broken_stdout()
     with suppress(AttributeError, OSError, ValueError):
         sys.stderr.flush()
     os._exit(code)
