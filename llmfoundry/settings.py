@@ -100,6 +100,9 @@ def _read(path: str | Path) -> str:
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
+    except IsADirectoryError:
+        inside = f"; write {Path(path) / 'config.yaml'}" if (Path(path) / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path}: is a folder, not a YAML file{inside}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -86,6 +86,18 @@ def test_packages_of_one_layer_do_not_import_each_other(path: Path) -> None:
     assert not siblings, f"{path.name} imports {siblings} from its own layer"
 
 
+def test_conversion_knows_every_part_that_a_model_may_name() -> None:
+    """A choice is known once its file is imported; tests in one process would not see that a command does not."""
+    of_module = {_module(path): path for path in FILES}
+    reached, waiting = set[str](), ["llmfoundry.checkpoint.convert"]
+    while waiting:
+        reached.add(name := waiting.pop())
+        waiting += [each for each in _imports(of_module[name], False) if each in of_module and each not in reached]
+    parts = {module for module, path in of_module.items() if ", names=(" in path.read_text(encoding="utf-8")
+             and _package_of(path) in ("layers", "moe", "model", "hf")}  # fmt: skip
+    assert "llmfoundry.hf.module" in parts and parts <= reached
+
+
 def test_no_import_cycle() -> None:
     modules = {_module(path) for path in FILES}
     graph = {_module(path): _imports(path, for_types_too=False) & modules for path in FILES}

@@ -155,7 +155,8 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="run.yaml: is not UTF-8: invalid start byte at byte 3; save it as UTF-8"):
         load_yaml(tmp_path / "run.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match="is a folder, not a YAML file; write .*/config.yaml"):
         load_yaml(tmp_path)
 
 

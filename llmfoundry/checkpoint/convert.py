@@ -274,13 +274,14 @@ def grow(
 
 
 def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, object]:
-    """Return the config of a run that continues from a converted checkpoint; the reader chooses the data.
+    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose.
 
-    It trains on all of ./data, and evaluates only if `eval_interval` is set.
+    It trains on all of ./data; it evaluates once `eval_interval` says so. The model has our name, since that of LLM
+    Foundry would bring LLM Foundry's defaults: data that is not shuffled, and only last turns that are learned.
     """
     return {
         "max_seq_len": min(config.max_seq_len, 4096),
-        "model": dump(config),
+        "model": dump(config.model_copy(update={"name": "causal_lm"}) if config.name == "mpt_causal_lm" else config),
         "tokenizer": {"name": str(out.absolute() / "tokenizer")}
         if has_tokenizer
         else {"name": "bpe", "vocab_size": 300},

@@ -79,8 +79,22 @@ def candidates(path: str | Path) -> list[Candidate]:
         if found := checkpoints(folder):
             return [Candidate(str(each)) for each in found]
     if path.is_dir():
-        raise CheckpointError(f"{path}: no checkpoint in this folder")
+        raise CheckpointError(f"{path}: no checkpoint in this folder{_other_kind(path)}")
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; name a run's folder or a checkpoint's")
     raise CheckpointError(f"{path}: no such folder{nearest_path(path, '*/')}")
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder holds instead of a checkpoint, and what to do with it; empty if that is not known."""
+    if (folder / "adapter_config.json").exists():
+        return (
+            ", but adapters in peft's format; name the run that trained them, or merge them into their base model "
+            "with peft's merge_and_unload and name that folder"
+        )
+    if (folder / "config.json").exists():
+        return f", but a Hugging Face model; write hf:{folder} for it where a path is read, or convert it with from-hf"
+    return ""
 
 
 def _candidates_of_store(url: str) -> list[Candidate]:

@@ -76,6 +76,8 @@ def data_main(argv: Sequence[str] | None = None) -> None:
     if args.row is not None:
         _show_numbered(args)
         return
+    if (Path(args.target) / CONFIG).is_file():  # a run: what its YAML reads
+        args.target = str(Path(args.target) / CONFIG)
     opened = _of_yaml(args) if args.target.endswith((".yaml", ".yml")) else _of_path(args)
     if args.way == "show":
         _show(opened, args.rows, args.json)

@@ -99,6 +99,8 @@ def _is_mixture(config: CausalLMConfig) -> None:
     from llmfoundry.report.experts import mixture_layers
 
     if not mixture_layers(config):
+        if config.name == "transformers":
+            raise ConfigError("the model runs as the module of transformers, whose experts, if any, cannot be shown")
         raise ConfigError("the model is dense: it has no experts to show")
 
 

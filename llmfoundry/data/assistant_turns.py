@@ -19,7 +19,7 @@ Span = tuple[int, int]  # in characters
 Render = Callable[[Sequence[Message], bool], str]  # takes messages, and whether to open the assistant's turn at the end
 
 # Texts that occur in no conversation: they have no letter in common, and no template trims or splits them.
-_PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
+PROBE, _OTHER = _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
 # An answer may start with a thought, which some templates open together with the turn. The thought is learned.
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 

@@ -92,7 +92,9 @@ class ChatRows(Rows):
         self.n_tokens = int(self._starts[-1])
         self._counts = counts
         filled = self.n_tokens / (self.n_rows * self.length)
-        apart = "" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them"
+        apart = (
+            "" if how.documents else "; in a model of ours, model.attn_config.attn_uses_sequence_id: true packs them"
+        )
         self.summary = (
             f"{title}: {counts['examples']:,} examples in {self.n_rows:,} rows, {filled:.1%} of the positions filled; "
             f"{self.said_of_lengths(how.length)}{apart}"

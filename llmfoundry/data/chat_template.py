@@ -19,7 +19,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.assistant_turns import Span, Turns, is_answer
+from llmfoundry.data.assistant_turns import PROBE, Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message, Tokenized
 from llmfoundry.data.limits import SECONDS, Exceeded, bounded
 from llmfoundry.data.tables import lone_surrogate
@@ -124,6 +124,15 @@ class Renderer:
             raise ConfigError(f"{where}: {error} for one message") from None
         except REFUSALS:  # it may require other messages
             pass
+
+    @cached_property
+    def ends_answers(self) -> bool:
+        """Whether something after an answer is learned: without it a model never stops by itself."""
+        try:
+            said = self._said(Conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]))
+        except (ValueError, Exceeded):
+            return True  # not known: this conversation may lack something
+        return not said.text[: max((end for _, end in said.spans), default=0)].rstrip().endswith(PROBE)
 
     def tokens(self, example: Example) -> Tokens:
         """Tokenize one example.

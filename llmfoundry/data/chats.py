@@ -156,6 +156,11 @@ class ChatsConfig(Folders, names=("chats",)):
         renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template; conversations are written in ChatML")
+        if not renderer.ends_answers:
+            log.warning(
+                "the chat template ends answers with nothing that is learned, so the model does not learn to stop; "
+                "name a template that does in dataset.chat_template"
+            )
         if not renderer.own:  # checkpoints and exports then include the template that the model was trained with
             tokenizer.chat_template = renderer.template
         encoder = Encoder(tokenizer, how.special).fingerprint()

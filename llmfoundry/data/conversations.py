@@ -75,6 +75,8 @@ def example_of(row: Row) -> Example:
     for columns in FORMATS.values():
         if all(column in present for column in columns):
             return _of_format(columns, present)
+    if {"chosen", "rejected"} <= present.keys():
+        raise ValueError("has the columns chosen and rejected; for such pairs, set name: preferences in the loader")
     known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
     raise ValueError(
         f"has the columns {', '.join(row)}, which match no known format ({known}); name them in preprocessing_fn"

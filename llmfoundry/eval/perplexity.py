@@ -77,6 +77,7 @@ def evaluate(
     n_rows = loader.n_rows if loader.limit is None else min(loader.n_rows, loader.limit)
     n_rows = n_rows if max_batches == -1 else min(n_rows, max_batches * rows)
     complete = n_rows == loader.n_rows
+    left = n_rows
     with progress("evaluating", n_rows * loader.max_seq_len, "tokens", bar=bar) as advance:
         for batch in loader.one_pass(rows * world, rank, world, limit=n_rows):
             if stopped():
@@ -88,7 +89,9 @@ def evaluate(
             counted = batch.labels != IGNORE  # (B, S)
             tokens += counted.sum()
             places += torch.stack([out.nats.double().sum(0), counted.sum(0)])
-            advance(rows * world * loader.max_seq_len)
+            read = min(left, rows * world)
+            advance(read * loader.max_seq_len)
+            left -= read
     runtime.all_reduce_sum(nats)
     runtime.all_reduce_sum(tokens)
     position_nats, position_tokens = runtime.all_reduce_sum(places).cpu()

@@ -10,29 +10,36 @@ Shapes: B rows, S sequence, V vocab.
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data.rows import IGNORE
 from llmfoundry.hf.family import ConfigDict, Family
-from llmfoundry.hf.pieces import Pieces
+from llmfoundry.hf.pieces import Piece, Pieces
+from llmfoundry.hf.stored import stored
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.lora import add_adapters
 from llmfoundry.model.transformer import AdapterParams, Cache, CausalLM, CausalLMConfig, Output
 
+log = logging.getLogger(__name__)
+
 PREFIX = "module."  # of its parameter names in an llmfoundry state dict
+# Model types whose attention `is_decoder` does not decide.
+_NOT_CAUSAL, _CAUSAL = {"cpmant", "xlm", "xlnet"}, {"gpt_neox", "gpt_neox_japanese"}
 # Keys of config.json that do not describe the model.
 _NO_SETTINGS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "auto_map"}
 
@@ -65,10 +72,10 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
         theirs = _theirs(data["hf_config"]).get_text_config()
         sizes = {
             "d_model": theirs.hidden_size,
-            "n_heads": theirs.num_attention_heads,
+            "n_heads": getattr(theirs, "num_attention_heads", 1),  # one without attention has no heads
             "n_layers": theirs.num_hidden_layers,
             "vocab_size": theirs.vocab_size,
-            "tie_word_embeddings": bool(theirs.tie_word_embeddings),
+            "tie_word_embeddings": bool(getattr(theirs, "tie_word_embeddings", False)),
         }
         limit = getattr(theirs, "max_position_embeddings", None)
         longest = {"max_seq_len": limit} if isinstance(limit, int) and "max_seq_len" not in data else {}
@@ -78,6 +85,11 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
     def has_learned_positions(self) -> bool:
         """True, because it is unknown: no text longer than `max_seq_len` is accepted."""
         return True
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether its blocks have matrices for all experts in one tensor, which no adapter is made for."""
+        return any(parameter.dim() == 3 for parameter in self._on_meta().blocks.parameters())
 
     def window(self, layer: int) -> int:
         return FULL
@@ -113,11 +125,12 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
 
 class _TiedHead(nn.Module):
-    """A head that uses the embedding's weight and has no parameter of its own, so that each weight has one name."""
+    """A head that reads the embedding's weight and has at most a bias of its own, so that each weight has one name."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # not registered as a submodule
+        self.bias = bias
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +138,7 @@ class _TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits (B, S, V) from (B, S, D)."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class TransformersLM(CausalLM):
@@ -139,7 +152,9 @@ class TransformersLM(CausalLM):
         self.module = _built(config.hf_config)
         self.module.config.use_cache = False
         if config.tie_word_embeddings:
-            self.module.set_output_embeddings(_TiedHead(self.module.get_input_embeddings()))
+            head = self.module.get_output_embeddings()
+            bias = cast(nn.Parameter | None, getattr(head, "bias", None))
+            self.module.set_output_embeddings(_TiedHead(self.module.get_input_embeddings(), bias))
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
@@ -179,12 +194,7 @@ class TransformersLM(CausalLM):
         at: Tensor | None = None,
     ) -> Output:
         """As `CausalLM.forward`; `sequence_ids` and `keys` are ignored."""
-        past = None
-        if cache is not None:
-            past = cache.theirs = cache.theirs or DynamicCache()
-        found = self.module(
-            input_ids=tokens, past_key_values=past, use_cache=cache is not None, logits_to_keep=1 if last_only else 0
-        )
+        found = self.module(**self._with_past(tokens, cache), logits_to_keep=1 if last_only else tokens.shape[1])
         logits = found.logits  # (B, S, V), or (B, 1, V)
         if at is not None:
             logits = logits.flatten(0, 1)[at].unsqueeze(0)
@@ -196,17 +206,35 @@ class TransformersLM(CausalLM):
         ).view_as(tokens)
         return Output(None, nats.sum(), nats if by_token else nats.detach(), None)
 
+    def _with_past(self, tokens: Tensor, cache: Cache | None) -> dict[str, object]:
+        """The module's arguments; one with a cache of its own reads the whole text again."""
+        if cache is None:
+            return {"input_ids": tokens, "use_cache": False}
+        if self._takes_cache:
+            past = cache.theirs = cache.theirs or DynamicCache(config=self.module.config)
+            return {"input_ids": tokens, "past_key_values": past, "use_cache": True}
+        cache.theirs = tokens if cache.theirs is None else torch.cat([cast(Tensor, cache.theirs), tokens], 1)
+        return {"input_ids": cache.theirs, "use_cache": False}
+
+    @cached_property
+    def _takes_cache(self) -> bool:
+        has_own = not self.module._supports_default_dynamic_cache()  # type: ignore[operator]
+        return not has_own and "past_key_values" in inspect.signature(self.module.forward).parameters
+
 
 class AsItIs(Family):
     """The family of one such model: its tensors keep their names."""
 
     sizes = {"n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings"}  # noqa: RUF012
     prefix = ""
+    layouts = ("stored", "module")  # as `transformers` writes its files, or as the module names its tensors
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type  # type: ignore[misc]
         self.title = f"{model_type}, unchanged"  # type: ignore[misc]
         self.architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[misc]
+        self._own: set[str] = set()  # names of a file's tensors that the module has a place for
+        self._passed_over: list[str] = []  # patterns of others that `transformers` passes over
 
     def read(self, data: Mapping[str, object], where: str) -> TransformersConfig:
         settings = {key: value for key, value in data.items() if key not in _NO_SETTINGS}
@@ -215,15 +243,25 @@ class AsItIs(Family):
             module = _built(settings)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         names |= {id(parameter): name for name, parameter in module.named_parameters()}  # of tied ones, the first
-        named = _stored_names(module)
-        self.embedding = named(names[id(module.get_input_embeddings().weight)])  # type: ignore[misc]
+        pieces = _stored(module, where)
+        named = {found[0].ours.name: name for name, found in pieces.items() if len(found) == 1}
+        self._own = pieces.keys() | module.state_dict().keys()
+        self._passed_over = list(module._keys_to_ignore_on_load_unexpected or ())
+        self.embedding = named[PREFIX + names[id(module.get_input_embeddings().weight)]]  # type: ignore[misc]
         head = module.get_output_embeddings()
-        self.head = named(next(f"{name}.weight" for name, part in module.named_modules() if part is head))  # type: ignore[misc]
+        self.head = named[next(f"{PREFIX}{name}.weight" for name, part in module.named_modules() if part is head)]  # type: ignore[misc]
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """Return all names except buffers, which the module computes."""
-        return {name for name in names if re.fullmatch(self.buffers, name) is None}
+        """All but buffers that the module computes, and what it has no place for and `transformers` passes over too."""
+        found = {name for name in names if re.fullmatch(self.buffers, name) is None}
+        others = {each for each in found - self._own if any(re.search(pattern, each) for pattern in self._passed_over)}
+        if others:
+            log.info(
+                "tensors that %s has no place for are left out, as in transformers: %d (e.g. %s)",
+                self.architecture, len(others), min(others),
+            )  # fmt: skip
+        return found - others
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
         if not isinstance(config, TransformersConfig):
@@ -232,25 +270,21 @@ class AsItIs(Family):
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
         assert isinstance(config, TransformersConfig)
+        if layout == "module":
+            for name in pieces.shapes:
+                pieces.add(name, name.removeprefix(PREFIX))
+            return
         with torch.device("meta"):
             module = _built(config.hf_config)
-        named = _stored_names(module)
-        for name in pieces.shapes:
-            pieces.add(name, named(name.removeprefix(PREFIX)))
+        for found in _stored(module, "config.json").values():
+            pieces.pieces += [each for each in found if each.ours.name in pieces.shapes]
 
 
-def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
-    """Return a function from a module's parameter names to the names in its files, which may be older ones."""
-    renamed = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
-    back = [cast(WeightRenaming, each.reverse_transform()) for each in reversed(renamed)]
-    return lambda name: rename_source_key(name, back, [], reverse=True)[0]
-
-
-def is_stored_otherwise(settings: Mapping[str, object]) -> bool:
-    """Return whether the files store tensors in another form than the module, e.g. experts separately."""
-    with torch.device("meta"):
-        mapping = get_model_conversion_mapping(_built(dict(settings)))
-    return any(not isinstance(each, WeightRenaming) for each in mapping)
+def _stored(module: PreTrainedModel, where: str) -> dict[str, list[Piece]]:
+    try:
+        return stored(module, PREFIX)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {module.config.model_type}: {error}") from None
 
 
 def is_known(model_type: object) -> bool:
@@ -269,8 +303,24 @@ def _theirs(settings: dict[str, object]) -> PreTrainedConfig:
     if not is_known(model_type):
         raise ValueError(f"hf_config.model_type: {model_type!r} is not a causal language model of transformers")
     try:
-        found = CONFIG_MAPPING[cast(str, model_type)].from_dict(copy.deepcopy(settings))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = CONFIG_MAPPING[cast(str, model_type)].from_dict(
+            cast(dict[str, object], _with_infinities(copy.deepcopy(settings)))
+        )
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"hf_config: {' '.join(str(error).split())}") from None
     assert isinstance(found, PreTrainedConfig)
+    if model_type in _NOT_CAUSAL or (getattr(found, "is_decoder", True) is False and model_type not in _CAUSAL):
+        raise ValueError(
+            f"hf_config: {model_type} attends to tokens that follow, so it cannot be trained as a causal language "
+            "model" + ("" if model_type in _NOT_CAUSAL else "; with is_decoder: true in config.json it does not")
+        )
     return found
+
+
+def _with_infinities(value: object) -> object:
+    """The numbers that JSON has no form for, from the form in which `transformers` writes them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {key: _with_infinities(each) for key, each in value.items()}
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value

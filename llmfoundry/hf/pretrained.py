@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+import llmfoundry.hf.module  # noqa: F401  registers its kind of model, which a checkpoint's config may name
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard, whole
@@ -99,6 +100,8 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
     path = Path(path_or_id)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ConfigError(f"{path}: is a file; name the folder of a Hugging Face model")
     patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     wanted = patterns[:1] if settings_only else patterns
 
@@ -163,11 +166,20 @@ def read_settings(folder: Path) -> ConfigDict:
     try:
         return read_mapping(config_file)
     except FileNotFoundError:
-        raise ConfigError(f"{config_file}: no such file; name a Hugging Face model's folder or hub id") from None
+        raise ConfigError(f"{config_file}: no such file; {_instead(folder)}") from None
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{config_file}: is not valid JSON: {error}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What to name in place of a folder without a config.json."""
+    if (folder / "adapter_config.json").exists():
+        return "these are adapters; merge them into their base model first, with peft's merge_and_unload"
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        return "it is a run or a checkpoint of this framework, which is used as it is, without hf: or from-hf"
+    return "name a Hugging Face model's folder or hub id"
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
@@ -244,7 +256,8 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
         if not any(f"model.{name}.".startswith(f"{each}.") for each in allow):
             raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
     if other and our_shapes(model.config) != our_shapes(stored):
-        raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's")
+        said = ", ".join(f"model.{name} is {ours!r}, and {theirs!r} there" for name, (theirs, ours) in other.items())
+        raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's: {said}")
     for name, tensor in model.state_dict().items():
         if is_adapter(name):
             continue
@@ -311,7 +324,8 @@ def save_pretrained(
         folder: the folder to write. It must not exist or must be empty; it appears when it is complete.
         dtype: dtype of the Hugging Face tensors; None: the dtype of the model's weights.
         model_type: the Hugging Face model type; None: the first family that can represent the model.
-        generation: the text of a generation_config.json.
+        generation: the text of a generation_config.json; None: that of the folder from which the tokenizer was read,
+            if it has one.
         optimizer: the optimizer of a model in training; its state may hold the low halves of weights
             (kernels/halves.py).
 
@@ -321,10 +335,13 @@ def save_pretrained(
     source = _Model(model, optimizer)
 
     def write() -> None:
+        stops = generation
+        if stops is None and tokenizer is not None and tokenizer.name_or_path:
+            stops = read_generation(Path(tokenizer.name_or_path))
         with new_folder(Path(folder)) as temporary:
             write_checkpoint(
                 temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer,
-                generation=generation,
+                generation=stops,
             )  # fmt: skip
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)

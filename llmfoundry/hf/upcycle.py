@@ -122,6 +122,11 @@ def upcycle(
 
 
 def _dense_block(dense: CausalLMConfig) -> MLPConfig:
+    if dense.name == "transformers":
+        raise ConfigError(
+            "this model runs as the module of transformers, whose blocks cannot be replaced; models that can be "
+            "upcycled: docs/checkpoints.md, Families"
+        )
     block = dense.ffn(0)
     if not isinstance(block, MLPConfig):
         raise ConfigError(f"ffn_config.ffn_type={block.ffn_type}: only a dense model can be upcycled")

@@ -124,8 +124,9 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     from llmfoundry.hf.adapters import PartOfMatrix, targets_of
     from llmfoundry.hf.facts import weight_differences
     from llmfoundry.hf.family import read_config
-    from llmfoundry.hf.module import is_stored_otherwise
+    from llmfoundry.hf.module import TransformersConfig
     from llmfoundry.hf.pretrained import locate, read_settings
+    from llmfoundry.moe.layer import MoEConfig
 
     settings = read_settings(locate(name, settings_only=True))
     where = f"{name}/config.json"
@@ -174,8 +175,8 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
                 peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted)
             )
         except PartOfMatrix as error:  # use the module of `transformers`, as PEFT does
-            if is_stored_otherwise(settings):  # the module cannot read them
-                raise ConfigError(f"model.peft_config.{error}") from None
+            if isinstance(config.ffn_config, MoEConfig):  # the module has no kernels for them
+                raise ConfigError(str(error)) from None
             model, allow, about = _our_model(name, given, peft, as_it_is=True)
             return (
                 model,
@@ -183,6 +184,9 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
                 [Note("model.peft_config", f"{str(error).partition(': ')[2]} to train a model of ours"), *about],
             )
         notes += about
+        if isinstance(config, TransformersConfig) and config.has_stacked_experts:
+            said = "adapts no experts: the module of transformers holds them stacked; linear layers are adapted"
+            notes.append(Note("model.peft_config", said))
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes
 

@@ -20,7 +20,7 @@ _EMBEDDING = ("wte.weight", "wpe.weight")
 class ModelConfig(Choice, tag="name"):
     """Base class of the models: `model` in the YAML."""
 
-    name: str = "mpt_causal_lm"  # the kind of model
+    name: str = "causal_lm"  # the kind of model
     max_seq_len: int = Field(default=2048, ge=1, le=2**31)  # the longest row, in tokens; number of learned positions
 
     def n_params(self) -> int:

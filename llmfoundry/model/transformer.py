@@ -82,7 +82,7 @@ class AdapterParams(NamedTuple):
     of_experts: int
 
 
-class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
+class CausalLMConfig(ModelConfig, names=("causal_lm", "mpt_causal_lm")):
     """A pre-norm decoder, with LLM Foundry's keys and defaults."""
 
     d_model: int = Field(ge=1, le=2**24)  # width of the residual stream

@@ -117,7 +117,10 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
     if shard % expert:
         raise ConfigError(f"parallel.expert={expert} does not divide parallel.shard={shard}; lower it to a divisor")
     if expert > 1 and n_experts == 0:
-        raise ConfigError(f"parallel.expert={expert} needs a mixture of experts and the model is dense; set expert: 1")
+        raise ConfigError(
+            f"parallel.expert={expert} needs a mixture of experts, and the model is dense or a module of transformers; "
+            "set expert: 1"
+        )
     if expert > 1 and n_experts % expert:
         raise ConfigError(
             f"parallel.expert={expert} does not divide model.ffn_config.moe_num_experts={n_experts}; "

@@ -78,6 +78,9 @@ def read_data(config: RunConfig, start: Start) -> RunData:
     eval_loader = evaluated.pop(0) if evaluated and config.eval_loader is not None else None
     tasks = tasks_of(config, Reader(tokenizer, special))
     timeline = _timeline(config, loader)
+    if config.global_train_batch_size > loader.rows_per_epoch:
+        log.warning("global_train_batch_size=%d exceeds the %d rows of an epoch, so a step reads rows more than once; "
+                    "lower it", config.global_train_batch_size, loader.rows_per_epoch)  # fmt: skip
     joined = _mix(config, loader, timeline, start)
     return RunData(config, start, tokenizer, special, loader, eval_loader, evaluated, tasks, timeline, joined)
 

@@ -329,6 +329,14 @@ def test_a_path_without_a_checkpoint_is_named(tmp_path: Path) -> None:
         candidates(tmp_path)
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         candidates(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"but a Hugging Face model; write hf:{tmp_path}"):
+        candidates(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json: is a file; name a run's folder"):
+        candidates(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="but adapters in peft's format; name the run"):
+        candidates(tmp_path)
     assert newest(Checkpointer(tmp_path / "nowhere")) is None
     assert not (tmp_path / "nowhere").exists()
 

@@ -300,6 +300,18 @@ def test_a_tokenizer_without_template_gets_chatml() -> None:
     assert learned(None, {"messages": turns("!s", "a", "b")}) == "b<|im_end|>"
 
 
+def test_a_template_that_teaches_no_stop_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GLM-4 ends an answer by opening the next turn; and marks may leave the end out."""
+    open_ended = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
+    unmarked_end = MARKED["chatml"].replace(" + '<|im_end|>\\n' }}{% endgen", " }}{% endgen", 1)
+    for template in (CHATML, *MARKED.values(), *map(plain, MARKED)):
+        assert Renderer(tokenizer(template), Targets()).ends_answers, template
+    for template in (open_ended, unmarked_end):
+        assert not Renderer(tokenizer(template), Targets()).ends_answers
+    loader(tmp_path, template=open_ended, path=str(write_lines(tmp_path / "train.jsonl", chats(5))))
+    assert "does not learn to stop" in caplog.text
+
+
 def test_a_template_that_is_given_stays_with_the_tokenizer(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", chats(5))
     config = check(LoaderConfig, {"name": "finetuning", "dataset": {"path": str(path), "chat_template": CHATML,
@@ -362,6 +374,7 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
         ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: must be a list of pairs of texts"),
         ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for such pairs, set name: preferences"),
         ({"prompt": "a", "response": 1}, "response: must be a text or a list of turns, found 1"),
     ],
 )

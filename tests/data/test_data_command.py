@@ -105,6 +105,9 @@ def test_a_yaml_is_read_as_a_run_reads_it(home: Path, capsys: pytest.CaptureFixt
     assert len(rows) == 6 and {row["source"] for row in rows} == {"a", "b"} and rows[0]["tokens"] == 8
     assert data_main(["show", "run.yaml", "--tokenizer", "tok"]) == 2
     assert not Path("run").exists()
+    Path("run").mkdir()
+    Path("run.yaml").rename("run/config.yaml")
+    assert said(capsys, "stats", "run") == found, "a run's folder is its YAML, as --row takes it"
 
 
 def test_a_terminal_has_a_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

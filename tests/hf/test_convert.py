@@ -162,6 +162,8 @@ def test_a_recipe_is_edited_and_pointed_at_other_data(
              "max_seq_len=16", "global_train_batch_size=2"]  # fmt: skip
     where = [f"train_loader.dataset.path={tmp_path / 'texts'}", f"save_folder={tmp_path / 'run'}"]
     assert train_main([*begin, *where]) == 0
+    run = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert run["train_loader"]["dataset"]["shuffle"] is None, "a recipe of ours has our defaults"
     assert generate_main(["--checkpoint", str(ours), "--prompt", "ab", "--max-new-tokens", "2"]) == 0
     assert convert_main(["to-hf", str(ours), str(tmp_path / "back")]) == 0
     evaluated = [f"eval_loader.dataset.path={tmp_path / 'texts'}", "eval_loader.dataset.split=train"]
@@ -312,6 +314,8 @@ MISTAKES = {
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
     "type": (lambda f: settings(f, model_type="vit"), "model_type 'vit' is not supported; supported are "),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; name a Hugging Face model"),
+    "adapters": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "these are adapters; merge them"),
+    "ours": (lambda f: (f / "config.json").rename(f / "config.yaml"), "a checkpoint of this framework, which is used"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
     "quantised": (lambda f: settings(f, quantization_config={"quant_method": "fp8"}), "these weights are quantised"),
     "activation": (lambda f: settings(f, hidden_act="mish"), "activation 'mish' is not supported"),

@@ -12,6 +12,7 @@ import yaml
 from theirs import CASES
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from llmfoundry import hf
 from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
@@ -109,6 +110,13 @@ def test_a_run_on_the_folder_itself_keeps_them_too(theirs: Path, tmp_path: Path)
     )
     out = back(tmp_path, second)
     assert json.loads((out / "generation_config.json").read_text()) == CHAT
+
+
+def test_a_model_that_is_saved_in_python_keeps_them(theirs: Path, tmp_path: Path) -> None:
+    with_file(CHAT)(theirs)
+    model, tokenizer = hf.from_pretrained(theirs)
+    hf.save_pretrained(model, tokenizer, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == CHAT
 
 
 def test_another_tokenizer_takes_no_ids_of_the_old_one(theirs: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmfoundry import hf
@@ -17,7 +19,10 @@ from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
-from llmfoundry.hf.family import known_families
+from llmfoundry.config import ConfigError
+from llmfoundry.eval.generate import new_tokens
+from llmfoundry.hf.family import known_families, read_config
+from llmfoundry.model.transformer import Cache
 from tests import forks
 from tests.integrations.foundry_hub import TEXTS
 from tests.integrations.foundry_hub import tokenizer as small_tokenizer
@@ -25,9 +30,16 @@ from tests.integrations.foundry_hub import tokenizer as small_tokenizer
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0,
-    "pad_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
+MIXTURE = {
+    "num_local_experts": 4, "n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": None,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "first_k_dense_replace": 1,
+    "attn_layer_period": 2, "attn_layer_offset": 1,
 }  # fmt: skip
 KINDS = ["gemma2", "gpt_neox", "phi", "starcoder2"]  # scaled embeddings and softcaps; partial rotation; others
+# Experts that are merged, two of them with a first layer without; heads with a bias; what is split of one matrix.
+STORED_OTHERWISE = ["glm4_moe", "phimoe", "jamba", "olmo_hybrid", "modernbert-decoder", "hrm_text"]
 TOKENS = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
@@ -38,7 +50,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def saved(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL)).eval()
+    default = AutoConfig.for_model(kind)
+    own = default.to_dict().keys() | default.attribute_map.keys()
+    config = AutoConfig.for_model(kind, **{key: value for key, value in (SMALL | MIXTURE).items() if key in own})
+    model = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -62,15 +77,61 @@ def test_logits_loss_and_gradients_are_the_modules(
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox", *STORED_OTHERWISE])
 def test_there_and_back_gives_the_same_bits(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     theirs = saved(kind, tmp_path / "theirs", tokenizer)
+    ours = hf.from_pretrained(tmp_path / "theirs").model
+    with torch.no_grad():
+        torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
     assert convert_main(["from-hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     assert convert_main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert again.config.model_type == kind
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+    names = [safe_open(tmp_path / folder / "model.safetensors", "pt").keys() for folder in ("theirs", "again")]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GLM-4.5's files have one more layer than its config.json says; `transformers` passes over it by name."""
+    caplog.set_level("INFO")
+    saved("glm4_moe", tmp_path, tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"model.layers.46.eh_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    hf.from_pretrained(tmp_path)
+    assert "left out, as in transformers: 1 (e.g. model.layers.46" in caplog.text
+    save_file(weights | {"model.layers.3.mlp.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="layers.3.mlp.up_proj.weight' has no place"):
+        hf.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "minimax"])
+def test_states_of_their_own_do_not_change_greedy_text(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of a module whose past is no cache of keys and values, or a mixed one."""
+    theirs = saved(kind, tmp_path, tokenizer)
+    ours = hf.from_pretrained(tmp_path).model.eval()
+    found = [*new_tokens(ours, TOKENS[0].tolist(), Cache(2), 5, lambda logits: int(logits.argmax()), ())]
+    wanted = theirs.generate(TOKENS[:1], max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found == wanted[0, TOKENS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind, says", [("roberta", "is_decoder: true"), ("xlnet", "cannot be trained as a causal")])
+def test_models_that_see_the_answer_are_refused(kind: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read_config({"model_type": kind, "vocab_size": 300})
+
+
+def test_a_number_that_json_lacks_is_read() -> None:
+    settings = SMALL | {"model_type": "falcon_h1", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    _, config = read_config(settings)
+    assert config.hf_config["time_step_limit"] == settings["time_step_limit"]  # and is written as it was
+    with pytest.raises(ConfigError, match="time_step_limit"):
+        read_config(settings | {"time_step_limit": "long"})
 
 
 def run_of(tmp_path: Path, name: str, **model: object) -> list[str]:

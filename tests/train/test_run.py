@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -270,10 +271,18 @@ def test_the_evaluation_before_the_first_step_is_recorded(recipe: Path, tmp_path
 def test_a_run_whose_every_step_has_learning_rate_0_says_so(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = "the learning rate is 0 in every step of this run, so it trains nothing"
     assert train_main([str(recipe), "max_duration=1ba", "scheduler.t_warmup=0.1dur"]) == 0
-    assert said in caplog.text
+    assert said in caplog.text and "rows of an epoch" not in caplog.text
     caplog.clear()
     assert train_main([str(recipe), "max_duration=2ba", "autoresume=true"]) == 0
     assert said not in caplog.text
+
+
+def test_a_batch_of_more_than_an_epoch_is_said(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (recipe.parent / "few.txt").write_text("a few words " * 20)
+    few = f"train_loader.dataset={{name: text_files, path: {recipe.parent / 'few.txt'}}}"
+    more = ["~eval_loader", "eval_interval=0", "global_train_batch_size=64", "scheduler.t_warmup=0ba"]
+    assert train_main([str(recipe), "max_duration=1ba", few, *more]) == 0
+    assert re.search(r"global_train_batch_size=64 exceeds the \d+ rows of an epoch", caplog.text)
 
 
 def test_a_run_that_would_take_no_step_is_refused(
