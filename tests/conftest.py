@@ -37,7 +37,8 @@ LONG = (
     "test_hangs.py", "test_curves_equal_on_every_mesh.py", "test_gradients_equal_on_every_mesh.py", "test_memory.py",
     "test_compiled_blocks.py", "test_compiles.py", "test_experts_triton.py", "test_compiled_adapters.py",
     "test_microbatch.py", "test_run.py", "test_stores.py", "test_resume.py", "test_curves_of_the_shipped_yaml.py",
-    "test_torchrun.py", "test_damage.py", "test_saving.py", "test_mixed_precision.py", "test_families.py",
+    "test_docs.py", "test_plan.py", "test_torchrun.py", "test_damage.py", "test_saving.py", "test_mixed_precision.py",
+    "test_yamls.py", "test_quick_check.py", "test_families.py", "test_convert.py",
 )  # fmt: skip
 
 

@@ -65,7 +65,10 @@ class MemorySnapshot(Callback):
         self._recording = True
         path = self.path(trainer, "out-of-memory")
         self._request = path.with_name(REQUEST)
-        self._request.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._request.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be made: %s; the run goes on", self._request.parent, error.strerror)
         self._asked = self._time_of_request()
 
         def out_of_memory(device: int, asked: int, total: int, free: int) -> None:

@@ -12,6 +12,7 @@ from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh, settled
 from llmfoundry.planning import hardware
 from llmfoundry.train.config import Precision, RunConfig
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
+from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.optim import OptimizerConfig
 
 
@@ -50,7 +51,7 @@ class Job(NamedTuple):
     def of(cls, config: RunConfig) -> Job:
         """Return the job of a YAML's run on GPUs."""
         assert isinstance(config.model, CausalLMConfig)
-        sequences, micro = 2 if config.loss.pairs else 1, config.device_train_microbatch_size
+        sequences, micro = _sequences(config.loss), config.device_train_microbatch_size
         return cls(
             config.model,
             config.parallel,
@@ -67,6 +68,20 @@ class Job(NamedTuple):
         """Bytes of one activation."""
         return 4 if self.precision == "fp32" else 2
 
+    @property
+    def sequences(self) -> int:
+        """Sequences per example."""
+        return _sequences(self.loss)
+
+    def check_rows(self, degrees: Degrees) -> None:
+        """Refuse what a run refuses.
+
+        Raises:
+            ConfigError: a rank has no rows, or ranks have different numbers of microbatches.
+        """
+        micro = self.micro_rows if self.micro_rows == "auto" else self.micro_rows // self.sequences
+        Microbatches(micro, self.global_rows // self.sequences, degrees.replicate * degrees.shard)
+
     def degrees(self, gpus: int) -> Degrees:
         """Return the mesh of the YAML on this many GPUs.
 
@@ -77,7 +92,7 @@ class Job(NamedTuple):
 
     def work(self, degrees: Degrees) -> Work:
         """Return one GPU's part of a step."""
-        rows = -(-self.global_rows // (degrees.replicate * degrees.shard))
+        rows = self.sequences * -(-self.global_rows // self.sequences // (degrees.replicate * degrees.shard))
         balance = Balance.of(self.model)
         counts = balance is not None and balance.loss_weight > 0 and balance.counts_ahead
         return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len, counts)
@@ -99,3 +114,7 @@ class Job(NamedTuple):
     def changed(self, **parallel: object) -> Job:
         """Return a copy with other values of keys of `parallel`."""
         return self._replace(parallel=self.parallel.model_copy(update=parallel))
+
+
+def _sequences(loss: LossConfig) -> int:
+    return 2 if loss.pairs else 1

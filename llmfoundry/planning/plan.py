@@ -78,7 +78,7 @@ def plan(job: Job, degrees: Degrees) -> Plan:
     """Return the plan of a run on one mesh."""
     work, received = job.work(degrees), traffic(job, degrees)
     time = seconds(job, degrees, received)
-    speed = work.rows * work.seq_len / time.total
+    speed = job.global_rows / (degrees.replicate * degrees.shard) * work.seq_len / time.total
     mfu = speed * job.model.flops_per_token(work.seq_len) / hardware.PEAK_FLOPS
     return Plan(degrees, work, received, time, speed, mfu)
 

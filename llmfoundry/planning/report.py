@@ -16,7 +16,7 @@ from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees
 from llmfoundry.planning import hardware
 from llmfoundry.planning.hardware import GIB
-from llmfoundry.planning.job import Job, Work
+from llmfoundry.planning.job import Job
 from llmfoundry.planning.ledger import Memory
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import MASTER, Plan, plan
@@ -77,8 +77,10 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
 
 def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     degrees = asked_for.degrees(gpus)
+    asked_for.check_rows(degrees)
     work, job, held, reason = asked_for.work(degrees), asked_for, Memory(), None
-    yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {work.rows} rows each in microbatches of {work.micro_rows}"
+    rows, micro_rows = work.rows // asked_for.sequences, work.micro_rows // asked_for.sequences
+    yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {rows} rows each in microbatches of {micro_rows}"
     try:
         job, held = settled(asked_for, degrees, card.usable)
     except CannotSimulateError as error:  # its time is known all the same
@@ -87,7 +89,7 @@ def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     if gpus > 1:
         yield from _received(asked)
     yield from _exchanged(asked_for, degrees)
-    yield from _speed(asked, job.model.n_layers)
+    yield from _speed(job, asked)
     if reason is not None:
         raise reason
     if job.parallel != asked_for.parallel and asked.work.microbatches > 1:
@@ -108,7 +110,10 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
     wanted, model = job.parallel, job.model
     ranks = wanted.replicate * (wanted.expert if wanted.shard == -1 else wanted.shard)
     choices = [ranks] if wanted.shard != -1 else [ranks * 2**i for i in range(MOST_GPUS.bit_length())]
-    choices = [n for n in choices if n <= min(MOST_GPUS, job.global_rows)] or [ranks]
+    choices = [n for n in choices if n <= min(MOST_GPUS, job.global_rows // job.sequences)] or [ranks]
+    choices = [n for n in choices if _runs(job, job.degrees(n))]
+    if not choices:
+        job.check_rows(job.degrees(ranks))  # which says why
     if wanted.exchange_tokens == "gather":  # it needs equally many rows on every rank
         choices = [n for n in choices if job.global_rows % n == 0] or choices[:1]
     sizes: dict[int, Memory] = {}
@@ -135,8 +140,19 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
     yield f"does not fit on {where}: {held}; --gpus {choices[i]} prints what to change"
     if wanted.shard != -1:
         yield "  the mesh is for exactly this many; parallel.shard=-1 lets it grow"
-    elif choices[i] * 2 > job.global_rows:
-        yield f"  global_train_batch_size={job.global_rows} has no rows for more GPUs"
+    elif (more := choices[i] * 2) <= MOST_GPUS:
+        rows = job.global_rows // job.sequences
+        why = "has no rows for" if more > rows else "cannot be divided into as many microbatches on each of"
+        yield f"  global_train_batch_size={rows} {why} more GPUs"
+
+
+def _runs(job: Job, degrees: Degrees) -> bool:
+    """Whether each rank has rows, and as many microbatches as the others."""
+    try:
+        job.check_rows(degrees)
+    except ConfigError:
+        return False
+    return True
 
 
 def _held(held: Memory) -> Iterator[str]:
@@ -159,12 +175,14 @@ def _exchanged(job: Job, degrees: Degrees) -> Iterator[str]:
         yield f"parallel.exchange_tokens: {job.parallel.exchange_tokens}: tokens are {way}"
 
 
-def _speed(asked: Plan, n_layers: int) -> Iterator[str]:
+def _speed(job: Job, asked: Plan) -> Iterator[str]:
     time = asked.time
     parts = ", ".join(f"{name} {part:.3g}" for name, part in time._asdict().items())
     yield f"a step on H100s, estimated: {time.total:.3g} s ({parts}; {time.exposed:.3g} waiting for links),"
     yield f"  {asked.tokens_per_second:,.0f} tokens/s per GPU, MFU {asked.mfu:.0%}"
-    each = time.compute / n_layers / asked.work.microbatches
+    if job.parallel.cpu_offload:
+        yield "  too fast: copies from and to the host, and its update of the weights, are not planned"
+    each = time.compute / job.model.n_layers / asked.work.microbatches
     if each < hardware.LAUNCH_SECONDS:
         yield (
             f"  too fast: kernels of a layer take {each * 1e3:.2g} ms per microbatch, and the host up to "
@@ -180,7 +198,7 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
     if held.weights + held.optimizer > card.usable:
         yield "  weights and optimizer state do not fit even without activations; use more GPUs, or a larger shard"
         return
-    changes = list(_changes(job, job.work(degrees)))
+    changes = list(_changes(job, degrees))
     found: list[str] = []
     # The last one changes most: if it does not help, none does.
     if changes and card.fits(memory(changes[-1][1], degrees)):
@@ -196,28 +214,30 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
         yield "  neither recompute nor smaller microbatches make it fit on this mesh; use another mesh, or more GPUs"
 
 
-def _changes(job: Job, work: Work) -> Iterator[tuple[str, Job]]:
-    """Changes that keep the mesh, as keys and as a job, the mildest first."""
-    parallel = job.parallel
+def _changes(job: Job, degrees: Degrees) -> Iterator[tuple[str, Job]]:
+    """Changes that keep the mesh, as keys and as a job, the mildest first; a run accepts each."""
+    parallel, work, smaller = job.parallel, job.work(degrees), []
     modes = {"none": ["selective", "full"], "selective": ["full"], "full": []}[parallel.recompute]
-    smaller = work.micro_rows > 1
     for mode in modes:
         yield f"parallel.recompute={mode}", job.changed(recompute=mode, recompute_save=None)
-    rows = work.micro_rows
+    rows = work.micro_rows // job.sequences
     while rows > 1:
         rows //= 2
-        yield f"device_train_microbatch_size={rows}", job._replace(micro_rows=rows)
+        fewer = job._replace(micro_rows=rows * job.sequences)
+        if _runs(fewer, degrees):
+            smaller.append((f"device_train_microbatch_size={rows}", fewer))
+    yield from smaller
     each = "parallel.reduce_once_a_step=false"
     if parallel.reduce_once_a_step and work.microbatches > 1:
         yield each, job.changed(reduce_once_a_step=False)
+    words, least = smaller[-1] if smaller else ("", job)
     if modes and smaller:
-        full = job.changed(recompute="full", recompute_save=None)._replace(micro_rows=1)
-        yield "parallel.recompute=full device_train_microbatch_size=1", full
-    keys = [each] * (parallel.reduce_once_a_step and work.rows > 1)
-    keys += ["parallel.recompute=full"] * bool(modes) + ["device_train_microbatch_size=1"] * smaller
+        full = least.changed(recompute="full", recompute_save=None)
+        yield f"parallel.recompute=full {words}", full
+    keys = [each] * (parallel.reduce_once_a_step and least.work(degrees).microbatches > 1)
+    keys += ["parallel.recompute=full"] * bool(modes) + [words] * bool(smaller)
     if len(keys) > 1:
-        all_of_it = job.changed(reduce_once_a_step=False, recompute="full", recompute_save=None)
-        yield " ".join(keys), all_of_it._replace(micro_rows=1)
+        yield " ".join(keys), least.changed(reduce_once_a_step=False, recompute="full", recompute_save=None)
 
 
 def meshes(experts: int, gpus: int) -> list[Degrees]:

@@ -20,7 +20,7 @@ from llmfoundry.planning.hardware import GIB
 from llmfoundry.planning.job import Job
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import Link, plan, traffic
-from llmfoundry.planning.report import describe, meshes
+from llmfoundry.planning.report import _changes, _speed, describe, meshes
 from llmfoundry.planning.settle import shortest
 from llmfoundry.planning.simulation import simulate
 
@@ -251,3 +251,42 @@ def test_meshes_divide_the_gpus_the_node_and_the_experts() -> None:
 def test_a_gpu_smaller_than_what_is_kept_free_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--gpu-memory 4: 5 GiB of it are kept free; write more"):
         described(gpus=8, gib=4)
+
+
+def test_rows_that_a_run_refuses_are_not_planned() -> None:
+    with pytest.raises(ConfigError, match="global_train_batch_size=4 leaves some of 16 ranks without a row"):
+        described("global_train_batch_size=4", gpus=16)
+    with pytest.raises(ConfigError, match="is 1 or 2 rows each, which device_train_microbatch_size=1 cuts"):
+        described("global_train_batch_size=12", gpus=8)
+    with pytest.raises(ConfigError, match="leaves some of 4 ranks"):
+        described("global_train_batch_size=2", "parallel.shard=4")
+    asked = "global_train_batch_size=12", "device_train_microbatch_size=8", "parallel.recompute=full"
+    job = job_of("olmoe-1b-7b", *SMALL, *asked)
+    assert [keys for keys, _ in _changes(job, Degrees(1, 8, 1))] == [], "each would be cut into 1 and 2 microbatches"
+    assert next(_changes(job, Degrees(1, 4, 1)))[0] == "device_train_microbatch_size=1"
+
+
+def test_pairs_are_planned_as_the_yaml_counts_them() -> None:
+    config = read_run_config(str(ROOT / "yamls" / "dpo.yaml"), [])
+    job, one = Job.of(config), Degrees(1, 1, 1)
+    assert job.work(one).rows == 2 * config.global_train_batch_size
+    assert job.work(Degrees(1, 3, 1)).rows == 2 * -(-config.global_train_batch_size // 3), "a pair is not divided"
+    assert next(describe(config, 1)).endswith("8 rows each in microbatches of 8")
+    assert ("device_train_microbatch_size=4", job._replace(micro_rows=8)) in list(_changes(job, one))
+
+
+def test_what_is_not_planned_is_said() -> None:
+    def said(job: Job) -> str:
+        return "\n".join(_speed(job, plan(job, Degrees(1, 1, 1))))
+
+    assert "3 ms to launch them, which is not planned" in said(job_of("dense"))
+    job = job_of("olmoe-1b-7b", *SMALL)
+    assert "too fast" not in said(job)
+    assert "copies from and to the host" in said(job.changed(cpu_offload=True))
+
+
+def test_speed_counts_the_rows_that_there_are() -> None:
+    job = job_of("olmoe-1b-7b", *SMALL, "global_train_batch_size=8")
+    mesh = Degrees(1, 3, 1)
+    found = plan(job, mesh)
+    assert found.work.rows == 3 and found.tokens_per_second * 3 * found.time.total == pytest.approx(8 * 4096)
