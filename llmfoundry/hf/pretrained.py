@@ -174,7 +174,7 @@ def read_settings(folder: Path) -> ConfigDict:
 
 
 def _instead(folder: Path) -> str:
-    """What to name in place of a folder without a config.json."""
+    """Return advice for a folder without a config.json."""
     if (folder / "adapter_config.json").exists():
         return "these are adapters; merge them into their base model first, with peft's merge_and_unload"
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
