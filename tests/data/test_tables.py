@@ -289,7 +289,7 @@ BOMBS = {
     "line.ndjson.zst": (b'{"text": "', b"x", "has a line of more than 1,048,576 bytes, the longest that is read"),
     "value.json.xz": (b'[{"text": "', b"x", "a value has more than 1,048,576 characters"),
     "cell.csv.bz2": (b'text\n"', b"x", "a line has more than 1,048,576 bytes"),
-    "cells.csv.gz": (b'text\n"', b"x\n", "begins on line 2: field larger than field limit"),
+    "cells.csv.gz": (b'text\n"', b"x\n", "starts on line 2: field larger than field limit"),
     "text.txt.gz": (b"", b"x", "unpacks to more than "),
     "text.md.zst": (b"", b"\n", "unpacks to more than "),
 }
