@@ -180,7 +180,7 @@ def test_a_console_that_is_lost_ends_no_run(stdout: str, tmp_path: Path) -> None
     assert found.returncode == 0, found.stderr
     assert is_saved(tmp_path / "run", 3) and len(metrics(tmp_path / "run")) == 3
     said = [line for line in found.stderr.splitlines() if "stdout" in line]
-    assert len(said) == 1 and said[0].endswith("the run goes on without it"), found.stderr
+    assert len(said) == 1 and said[0].endswith("training continues without it"), found.stderr
     assert "Traceback" not in found.stderr
 
 
