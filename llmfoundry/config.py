@@ -496,5 +496,5 @@ def _import(name: str, path: str) -> None:
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == spec.origin else (ran or [1])[-1]
         why = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in ("composer", "llmfoundry"):
-            why += "; plug-ins for LLM Foundry are written anew: a class registers by its base (docs/callbacks.md)"
+            why += "; rewrite LLM Foundry plug-ins: a class registers by its base class (docs/callbacks.md)"
         raise ConfigError(f"code_paths: {path}:{line}: {type(error).__name__}: {why}") from error

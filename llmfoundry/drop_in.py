@@ -151,8 +151,8 @@ def _recognise(experts: TheirExperts) -> None:
     unit = None if getattr(experts, "has_post_expert_norm", False) else _match(experts)
     if unit is None:
         _say_once(
-            f"{type(experts).__name__}: its activation, or a norm behind its experts, is not one that the kernels of "
-            "llmfoundry know; it runs through transformers' grouped_mm"
+            f"{type(experts).__name__}: its activation, or a norm after its experts, is not supported by "
+            "llmfoundry's kernels; it runs through transformers' grouped_mm"
         )
         setattr(experts, _KIND, None)
         return

@@ -93,12 +93,12 @@ def printing() -> Iterator[None]:
     try:
         yield
     except SystemExit:  # from rich, which has discarded the rest
-        log.warning("stdout cannot be written: the reader of its pipe is gone; the run goes on without it")
+        log.warning("stdout cannot be written: the reader of its pipe is gone; training continues without it")
     except OSError as error:
         found = broken_stdout(suspected=True)
         if found is None:
             raise
-        log.warning("stdout cannot be written: %s; the run goes on without it", error.strerror)
+        log.warning("stdout cannot be written: %s; training continues without it", error.strerror)
 
 
 def leave(code: int) -> NoReturn:

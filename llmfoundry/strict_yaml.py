@@ -34,7 +34,7 @@ def load(text: str, where: str) -> object:
         line = f":{mark.line + 1}" if mark is not None and "\n" in text else ""
         why = " ".join(str(part) for part in (error.context, error.problem) if part)
         if "'\\t'" in why:
-            why = "begins by a tab, and YAML takes spaces alone; write two spaces for each tab"
+            why = "starts with a tab, and YAML allows only spaces; write two spaces for each tab"
         raise ValueError(f"{where}{line}: {' '.join(why.split())}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None

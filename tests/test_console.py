@@ -185,7 +185,7 @@ def test_a_console_that_is_lost_ends_no_run(stdout: str, tmp_path: Path) -> None
     assert is_saved(tmp_path / "run", 3) and len(metrics(tmp_path / "run")) == 3
     said = [line for line in found.stderr.splitlines() if "stdout" in line]
     assert len(said) == ("closed" not in stdout), found.stderr
-    assert all(line.endswith("the run goes on without it") for line in said), found.stderr
+    assert all(line.endswith("training continues without it") for line in said), found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -68,7 +68,7 @@ def test_rope_takes_no_number_that_it_would_divide_by_zero_with(keys: dict[str, 
         ("import json\n\njson.loads('no')\n", ":3: JSONDecodeError: Expecting value"),
         (
             "from llmfoundry.registry import callbacks\n",
-            ":1: ModuleNotFoundError: No module named 'llmfoundry.registry'; plug-ins for LLM Foundry are written anew",
+            ":1: ModuleNotFoundError: No module named 'llmfoundry.registry'; rewrite LLM Foundry plug-ins",
         ),
     ],
 )

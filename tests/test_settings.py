@@ -150,7 +150,7 @@ def test_a_hostile_file_ends_in_one_line_at_once(tmp_path: Path, text: str, says
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run.yaml:2: begins by a tab, and YAML takes spaces alone"):
+    with pytest.raises(ConfigError, match="run.yaml:2: starts with a tab, and YAML allows only spaces"):
         _load(tmp_path, "model:\n\tname: x\n")
     (tmp_path / "run.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="run.yaml: is not UTF-8: invalid start byte at byte 3; save it as UTF-8"):

@@ -71,4 +71,4 @@ class GenerateCallback(AtIntervals):
                 line = {"step": trainer.state.step, "prompt": prompt, "generation": text_after}
                 append_line(path, json.dumps(line, ensure_ascii=False))
         except OSError as error:
-            log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)
+            log.warning("%s cannot be written: %s; training continues", path, error.strerror)

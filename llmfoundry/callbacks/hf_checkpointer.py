@@ -89,7 +89,7 @@ class HFCheckpointer(AtIntervals):
         except STORE_ERRORS as error:
             if runtime.is_rank0():
                 why = reason(error).removeprefix(f"{place}.new: cannot be written: ")
-                log.error("step %d: hf_checkpointer: %s could not be written: %s; the run goes on",
+                log.error("step %d: hf_checkpointer: %s could not be written: %s; training continues",
                           trainer.state.step, place, why)  # fmt: skip
 
     def _export(self, trainer: Run, place: str) -> None:

@@ -68,7 +68,7 @@ class MemorySnapshot(Callback):
         try:
             self._request.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            log.warning("%s cannot be made: %s; the run goes on", self._request.parent, error.strerror)
+            log.warning("%s cannot be made: %s; training continues", self._request.parent, error.strerror)
         self._asked = self._time_of_request()
 
         def out_of_memory(device: int, asked: int, total: int, free: int) -> None:
@@ -115,4 +115,4 @@ class MemorySnapshot(Callback):
             torch.cuda.memory._dump_snapshot(str(half))
             half.replace(path)
         except OSError as error:
-            log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)
+            log.warning("%s cannot be written: %s; training continues", path, error.strerror)

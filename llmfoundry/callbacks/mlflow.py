@@ -202,7 +202,7 @@ class MLflow(Callback):
         try:
             send()
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            log.warning("loggers.mlflow: %s; the run goes on", " ".join(str(error).split()))
+            log.warning("loggers.mlflow: %s; training continues", " ".join(str(error).split()))
 
 
 def flattened(data: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:

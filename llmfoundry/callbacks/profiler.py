@@ -100,5 +100,5 @@ class Profiler(Callback):
             atomic_write(folder / f"{name}.json", [f"{json.dumps(data, indent=1)}\n".encode()])
         except OSError as error:
             half.unlink(missing_ok=True)
-            log.warning("profiler: %s cannot be written: %s; the run goes on", folder, error.strerror)
+            log.warning("profiler: %s cannot be written: %s; training continues", folder, error.strerror)
         log.info("steps %d to %d of rank %d, per step (trace: %s):\n%s", self.config.start, last, rank, trace, text)

@@ -197,7 +197,7 @@ class Report(Callback):
         """Log a warning: a report that cannot be written must not end a run."""
         if not self._failed:
             why = error.strerror if isinstance(error, OSError) else error
-            log.warning("%s cannot be written: %s; the run goes on", path, why)
+            log.warning("%s cannot be written: %s; training continues", path, why)
         self._failed = True
 
 

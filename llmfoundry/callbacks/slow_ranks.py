@@ -64,7 +64,7 @@ class SlowRanks(Callback):
         }
         if begins[late] - median[0] > NOTABLE * float(metrics["time/step_seconds"]):  # type: ignore[arg-type]
             log.info(
-                "step %d: rank %d begins its steps %.3f s after the others; its data or its host is slow",
+                "step %d: rank %d starts its steps %.3f s after the others; its data or its host is slow",
                 trainer.state.step, late, begins[late] - median[0],
             )  # fmt: skip
         if probes[slow] > self.config.slower * median[1]:

@@ -92,9 +92,8 @@ class ChatRows(Rows):
         self.n_tokens = int(self._starts[-1])
         self._counts = counts
         filled = self.n_tokens / (self.n_rows * self.length)
-        apart = (
-            "" if how.documents else "; in a model of ours, model.attn_config.attn_uses_sequence_id: true packs them"
-        )
+        pack = "; in an llmfoundry model, model.attn_config.attn_uses_sequence_id: true packs them"
+        apart = "" if how.documents else pack
         self.summary = (
             f"{title}: {counts['examples']:,} examples in {self.n_rows:,} rows, {filled:.1%} of the positions filled; "
             f"{self.said_of_lengths(how.length)}{apart}"
@@ -106,8 +105,8 @@ class ChatRows(Rows):
         said = f"{cut:,} were cut at max_seq_len={length}, {unlearned:,} with nothing to learn left out"
         if inside:  # e.g. without their thoughts
             said += (
-                f"; in {inside:,} the chat template renders answers inside a conversation otherwise than at its end; "
-                "they are learned as they are inside (target_responses: last learns the last alone)"
+                f"; in {inside:,} the chat template renders answers inside a conversation differently than at its end; "
+                "they are learned as rendered inside (target_responses: last learns only the last)"
             )
         if n := self._counts.get("without_calls"):
             said += (

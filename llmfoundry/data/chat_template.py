@@ -127,11 +127,11 @@ class Renderer:
 
     @cached_property
     def ends_answers(self) -> bool:
-        """Whether something after an answer is learned: without it a model never stops by itself."""
+        """Whether something after an answer is learned; otherwise a model never stops by itself."""
         try:
             said = self._said(Conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]))
         except (ValueError, Exceeded):
-            return True  # not known: this conversation may lack something
+            return True  # unknown: the template may need more than this conversation
         return not said.text[: max((end for _, end in said.spans), default=0)].rstrip().endswith(PROBE)
 
     def tokens(self, example: Example) -> Tokens:

@@ -67,7 +67,7 @@ def encoded(
             yield from _received(*waiting.popleft())
     except BrokenProcessPool:
         raise ResourceError(
-            "a worker was killed, most likely because memory ran out; use fewer --workers (what is done is kept)"
+            "a worker was killed, most likely because memory ran out; use fewer --workers (finished parts are kept)"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -158,7 +158,7 @@ class MDSConfig(Folders, names=("mds",)):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.streams is not None and (self.local or self.remote):
-            raise ValueError("local or remote are given beside streams; move them into streams")
+            raise ValueError("local or remote are given together with streams; move them into streams")
         if self.streams is None and self.local is None and self.remote is None:
             raise ValueError("local, remote or streams is missing")
         if self.eos_token_id is not None and self.bos_token_id is not None:

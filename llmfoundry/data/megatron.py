@@ -90,7 +90,7 @@ class MegatronFile:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
             self._refuse(
-                "is not an index of Megatron's (it does not begin with MMIDIDX); name the prefix of a .bin/.idx pair"
+                "is not an index of Megatron's (it does not start with MMIDIDX); name the prefix of a .bin/.idx pair"
             )
         _, version, code, n_sequences, n_bounds = _HEADER.unpack(header)
         if version != 1:

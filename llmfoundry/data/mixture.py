@@ -125,7 +125,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
                     f"mixture.{number}.weights: {unknown!r} is not a dataset; known: {', '.join(self.labels)}"
                 )
             if not any(phase.weights.values()) or min(phase.weights.values()) < 0:
-                raise ValueError(f"mixture.{number}.weights: must be positive numbers, or 0 for what is not read")
+                raise ValueError(f"mixture.{number}.weights: must be positive, or 0 for datasets that are not read")
             if (phase.until is None) != (number == len(self.mixture) - 1):
                 raise ValueError(f"mixture.{number}.until: is missing; only the last phase has none")
 

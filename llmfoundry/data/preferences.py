@@ -70,7 +70,7 @@ def preference_of(row: Row) -> Preference:
     first, second = (_turns(answer) for answer in (chosen, rejected))
     if first[0]["role"] == "assistant":
         if prompt is None:
-            raise ValueError("has answers that begin with the assistant, and no prompt")
+            raise ValueError("has answers that start with the assistant, and no prompt")
         before = messages_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         first, second = [*before, *first], [*before, *second]
     common = 0
@@ -79,7 +79,7 @@ def preference_of(row: Row) -> Preference:
     if common == len(first) == len(second):
         raise ValueError("chosen and rejected are the same")
     if not common:
-        raise ValueError("chosen and rejected begin with different messages, so they answer no common prompt")
+        raise ValueError("chosen and rejected start with different messages, so they have no common prompt")
     return Preference(*(_answered(messages, common, row) for messages in (first, second)))
 
 

@@ -92,4 +92,4 @@ def recalled(memory: Path, gone: Gone) -> Provenance:
 
 def said_of_gone(gone: Gone, title: str) -> str:
     """Return a line for the log."""
-    return f"{title}: its files are gone ({gone}); going on with the tokens that the cache has of them"
+    return f"{title}: its files are gone ({gone}); continuing with their cached tokens"

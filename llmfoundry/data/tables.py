@@ -277,9 +277,9 @@ def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
         try:
             cells = next(reader)
         except csv.Error as error:
-            raise ValueError(f"the row that begins on line {first}: {error}; a quote may be missing") from None
+            raise ValueError(f"the row that starts on line {first}: {error}; a quote may be missing") from None
         if ended and cells != ["end"]:
-            raise ValueError(f"the row that begins on line {first} has a quote that is never closed")
+            raise ValueError(f"the row that starts on line {first} has a quote that is never closed")
         if ended:
             return
         yield cells, reader.line_num

@@ -49,7 +49,7 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         why = " ".join(str(error).split())
         if "trust_remote_code" in why:
             raise ConfigError(
-                f"{where}: the tokenizer is code of its own, which is never run here; save it as a tokenizer.json"
+                f"{where}: the tokenizer needs its own code, which is never run; save it as a tokenizer.json"
             ) from None
         what = "cannot be loaded" if local else "neither a folder nor on the Hugging Face hub"
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "

@@ -38,7 +38,7 @@ from llmfoundry.model.transformer import AdapterParams, Cache, CausalLM, CausalL
 log = logging.getLogger(__name__)
 
 PREFIX = "module."  # of its parameter names in an llmfoundry state dict
-# Model types whose attention `is_decoder` does not decide.
+# Model types for which `is_decoder` does not decide whether attention is causal.
 _NOT_CAUSAL, _CAUSAL = {"cpmant", "xlm", "xlnet"}, {"gpt_neox", "gpt_neox_japanese"}
 # Keys of config.json that do not describe the model.
 _NO_SETTINGS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "auto_map"}
@@ -72,7 +72,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
         theirs = _theirs(data["hf_config"]).get_text_config()
         sizes = {
             "d_model": theirs.hidden_size,
-            "n_heads": getattr(theirs, "num_attention_heads", 1),  # one without attention has no heads
+            "n_heads": getattr(theirs, "num_attention_heads", 1),  # a model without attention has no heads
             "n_layers": theirs.num_hidden_layers,
             "vocab_size": theirs.vocab_size,
             "tie_word_embeddings": bool(getattr(theirs, "tie_word_embeddings", False)),
@@ -88,7 +88,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
     @property
     def has_stacked_experts(self) -> bool:
-        """Whether its blocks have matrices for all experts in one tensor, which no adapter is made for."""
+        """Whether blocks hold the matrices of all experts in one tensor, for which adapters are not supported."""
         return any(parameter.dim() == 3 for parameter in self._on_meta().blocks.parameters())
 
     def window(self, layer: int) -> int:
@@ -125,7 +125,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
 
 class _TiedHead(nn.Module):
-    """A head that reads the embedding's weight and has at most a bias of its own, so that each weight has one name."""
+    """A head that uses the embedding's weight and has at most its own bias, so that each weight has one name."""
 
     def __init__(self, embedding: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class TransformersLM(CausalLM):
         return Output(None, nats.sum(), nats if by_token else nats.detach(), None)
 
     def _with_past(self, tokens: Tensor, cache: Cache | None) -> dict[str, object]:
-        """The module's arguments; one with a cache of its own reads the whole text again."""
+        """Return the module's arguments. A module with its own kind of cache reads the whole text again."""
         if cache is None:
             return {"input_ids": tokens, "use_cache": False}
         if self._takes_cache:
@@ -227,14 +227,14 @@ class AsItIs(Family):
 
     sizes = {"n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings"}  # noqa: RUF012
     prefix = ""
-    layouts = ("stored", "module")  # as `transformers` writes its files, or as the module names its tensors
+    layouts = ("stored", "module")  # names as in files that `transformers` writes, or as in the module
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type  # type: ignore[misc]
         self.title = f"{model_type}, unchanged"  # type: ignore[misc]
         self.architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[misc]
-        self._own: set[str] = set()  # names of a file's tensors that the module has a place for
-        self._passed_over: list[str] = []  # patterns of others that `transformers` passes over
+        self._own: set[str] = set()  # names of the tensors in files that the module has
+        self._passed_over: list[str] = []  # patterns of other tensors that `transformers` ignores
 
     def read(self, data: Mapping[str, object], where: str) -> TransformersConfig:
         settings = {key: value for key, value in data.items() if key not in _NO_SETTINGS}
@@ -253,7 +253,7 @@ class AsItIs(Family):
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """All but buffers that the module computes, and what it has no place for and `transformers` passes over too."""
+        """Return all names except buffers that the module computes, and tensors that `transformers` ignores too."""
         found = {name for name in names if re.fullmatch(self.buffers, name) is None}
         others = {each for each in found - self._own if any(re.search(pattern, each) for pattern in self._passed_over)}
         if others:
@@ -318,7 +318,7 @@ def _theirs(settings: dict[str, object]) -> PreTrainedConfig:
 
 
 def _with_infinities(value: object) -> object:
-    """The numbers that JSON has no form for, from the form in which `transformers` writes them."""
+    """Decode the numbers that JSON cannot represent from the form in which `transformers` writes them."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
             return float(value["__float__"])

@@ -174,7 +174,7 @@ def read_settings(folder: Path) -> ConfigDict:
 
 
 def _instead(folder: Path) -> str:
-    """What to name in place of a folder without a config.json."""
+    """Return advice for a folder without a config.json."""
     if (folder / "adapter_config.json").exists():
         return "these are adapters; merge them into their base model first, with peft's merge_and_unload"
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
@@ -324,7 +324,8 @@ def save_pretrained(
         folder: the folder to write. It must not exist or must be empty; it appears when it is complete.
         dtype: dtype of the Hugging Face tensors; None: the dtype of the model's weights.
         model_type: the Hugging Face model type; None: the first family that can represent the model.
-        generation: the text of a generation_config.json.
+        generation: the text of a generation_config.json; None: that of the folder from which the tokenizer was read,
+            if it has one.
         optimizer: the optimizer of a model in training; its state may hold the low halves of weights
             (kernels/halves.py).
 

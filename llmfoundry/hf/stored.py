@@ -1,8 +1,8 @@
-"""Where the files of a module of `transformers` hold its tensors: its experts apart, matrices split, other names.
+"""Map the tensors of a `transformers` module to those in its files, where experts are separate and matrices split.
 
-`transformers` converts between the two forms with operations of its own. They are run here once, towards the files, on
-tensors without values that all lie in one storage: what comes out are views, and where a view lies says which block of
-which tensor it is. So no value is read or moved, and a rank reads only what it holds.
+`transformers` converts between the two forms with its own operations. They are run here once, towards the files, on
+tensors without values that share one storage. The results are views, and the place of a view shows which block of which
+tensor it is. So no value is read or moved, and a rank reads only what it holds.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Shape = tuple[int, ...]
 
 
 def stored(module: PreTrainedModel, prefix: str = "") -> dict[str, list[Piece]]:
-    """The pieces between the tensors of a module and those of its files, by the names of the files.
+    """Return the pieces that connect the tensors of a module with those of its files, by the files' names.
 
     Args:
-        module: on the meta device.
-        prefix: of our names of its tensors.
+        module: the module, on the meta device.
+        prefix: prefix of llmfoundry's names of its tensors.
 
     Raises:
-        ValueError: a tensor is stored in a form that is no block of the module's, e.g. interleaved.
+        ValueError: if a tensor's stored form is not a block of a module's tensor, e.g. because it is interleaved.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     views = _Views(shapes)
@@ -42,14 +42,14 @@ def stored(module: PreTrainedModel, prefix: str = "") -> dict[str, list[Piece]]:
 
 
 class _Views(TorchFunctionMode):
-    """Tensors without values in one storage, in which no operation copies; a concatenation is a new place in it."""
+    """Tensors without values that share one storage. No operation copies; a concatenation gets a new place in it."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
         ends = list(accumulate((math.prod(shape) for shape in shapes.values()), initial=0))
         self._starts, self._names, self._shapes = ends[:-1], list(shapes), list(shapes.values())
-        self._next = ends[-1]  # where the next concatenation lies
-        self._joined: dict[int, list[tuple[int, Tensor]]] = {}  # by place: where each of its parts begins, and the part
+        self._next = ends[-1]  # place of the next concatenation
+        self._joined: dict[int, list[tuple[int, Tensor]]] = {}  # by place: the start of each part, and the part
         self._storage = torch.empty(2 * ends[-1] + 1, device="meta")
         self.tensors = {
             name: self._placed(start, shape)
@@ -67,7 +67,7 @@ class _Views(TorchFunctionMode):
         return func(*args, **given)
 
     def pieces(self, theirs: str, tensor: Tensor, prefix: str) -> Iterator[Piece]:
-        """The blocks of which a tensor of the files consists."""
+        """Return the blocks that make up a tensor of the files."""
         parts = self._joined.get(int(tensor.storage_offset())) if self._is_here(tensor) else None
         if parts is None:
             yield self._piece(theirs, tensor, prefix, (0,) * tensor.dim())
@@ -91,18 +91,18 @@ class _Views(TorchFunctionMode):
         return self._placed(place, tuple(shape))
 
     def _piece(self, theirs: str, view: Tensor, prefix: str, starts: Shape) -> Piece:
-        """A view as a block of the tensor in which it lies, at `starts` of theirs."""
+        """Return a view as a block of the tensor that contains it, at `starts` in the Hugging Face tensor."""
         number = bisect.bisect_right(self._starts, view.storage_offset()) - 1
         name, shape = self._names[number], self._shapes[number]
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         inside = view.storage_offset() - self._starts[number]
         at = [inside // stride % size for stride, size in zip(strides, shape, strict=True)]
         free = list(range(len(shape)))
-        dims = dict[int, int]()  # of ours, by theirs
+        dims = dict[int, int]()  # dims of the module's tensor, by those of the file's
         for axis in sorted(range(view.dim()), key=lambda axis: view.shape[axis] == 1):
             if view.shape[axis] > 1:
                 fits = [dim for dim in free if strides[dim] == view.stride(axis) and shape[dim] > 1]
-            else:  # any place will do, best one that has no other index
+            else:  # any dim will do, preferably one that has no other index
                 fits = sorted(free, key=lambda dim: shape[dim] != 1)
             if not fits or not self._is_here(view) or at[fits[0]] + view.shape[axis] > shape[fits[0]]:
                 raise ValueError(f"{theirs} is stored in a form of its own, which is not read here")

@@ -57,7 +57,7 @@ class TrainingRows(IterableDataset[Rows]):
         """
         if state["data"] != self.loader.fingerprint:
             raise ConfigError("load_path: was trained on other data or with another tokenizer; restore them, or load "
-                              "its weights alone: load_weights_only=True")  # fmt: skip
+                              "only its weights: load_weights_only=True")  # fmt: skip
         self.row = int(state["row"])
 
 

@@ -118,12 +118,12 @@ INSTEAD = {
     "loggers.mlflow.model_registry_uri": "models are not registered with MLflow here; leave it out",
     "model.master_weights_dtype": "write optimizer.master_weights: bf16_sr, which keeps weights in bfloat16",
     "only_composer_checkpoint": "leave it out, and callbacks.hf_checkpointer too",
-    "only_hf_checkpoint": "leave it out; write save_interval: 0ba, which saves at the end alone",
+    "only_hf_checkpoint": "leave it out; write save_interval: 0ba, which saves only at the end",
     "optimizer.amsgrad": "leave it out",
     "profiler": "write callbacks.profiler",
     "save_filename": "a checkpoint is a folder, checkpoints/step-N; leave it out",
     "save_latest_filename": "a checkpoint is a folder, checkpoints/step-N; leave it out",
-    "save_weights_only": "leave it out; `llmfoundry convert to-hf` writes the weights alone",
+    "save_weights_only": "leave it out; `llmfoundry convert to-hf` writes only the weights",
     "tp_config": "layers are not split over ranks; parallel: {shard: ..., expert: ...} spreads the weights",
     "train_subset_num_batches": "write max_duration",
 }
@@ -142,10 +142,10 @@ REFUSED = {
     "algorithms.low_precision_layernorm": "write model.norm_type: low_precision_layernorm",
     "algorithms.layer_freezing": "write optimizer.disable_grad with the names to freeze",
     "callbacks.activation_monitor": "is not supported; callbacks.optimizer_monitor measures gradients and updates",
-    "callbacks.async_eval": "is not supported; evaluate a checkpoint by `llmfoundry eval` beside the run",
+    "callbacks.async_eval": "is not supported; evaluate checkpoints with `llmfoundry eval` while the run continues",
     "callbacks.checkpoint_saver": "write save_folder and save_interval",
     "callbacks.curriculum_learning": "write train_loader.mixture: weights of the datasets, by the time of the run",
-    "callbacks.dataset_swap": "is not supported; begin a second run with load_path and load_allow: [data]",
+    "callbacks.dataset_swap": "is not supported; start a second run with load_path and load_allow: [data]",
     "callbacks.export_for_inference": "write callbacks.hf_checkpointer",
     **dict.fromkeys(
         ("callbacks.fdiff", "callbacks.fdiff_metrics"), "is not supported; loss/train/total is logged at every step"
@@ -176,7 +176,7 @@ REFUSED_VALUES = {
     "optimizer.name": {
         "adalr_lion": "write decoupled_lionw, and callbacks.kill_loss_spike or max_skipped_steps against outliers",
         "clip_lion": "write decoupled_lionw, and algorithms.gradient_clipping against outliers",
-        "no_op": "write decoupled_adamw, and eval_first: true to evaluate what is there",
+        "no_op": "write decoupled_adamw, and eval_first: true to evaluate before training",
         **dict.fromkeys(("adam", "decoupled_adam"), "write adamw or decoupled_adamw"),
         **dict.fromkeys(("sgd", "decoupled_sgdw"), "write decoupled_adamw, decoupled_lionw or muon"),
     },

@@ -201,7 +201,7 @@ def _tokens(data: Tree) -> list[Note]:
     """Note that LLM Foundry does not count padding tokens in durations of `finetuning` data."""
     if look(data, "train_loader.name")[0] != "finetuning":
         return []
-    said = "counts all tokens of rows, also those that fill them up; LLM Foundry counts those of examples alone"
+    said = "counts all tokens of rows, including padding; LLM Foundry counts only those of examples"
     return [Note(path, said, value) for path in DURATIONS if str(value := look(data, path)[0]).endswith("tok")]
 
 

@@ -96,7 +96,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
     if pretrained:
         notes += _weights_of(data, name, allow)
     else:
-        why = "training begins from random weights, drawn as model.init_config says"
+        why = "training starts from random weights, as model.init_config says"
         notes.append(Note("model.pretrained", why, False))
     return notes
 
@@ -181,7 +181,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
             return (
                 model,
                 allow,
-                [Note("model.peft_config", f"{str(error).partition(': ')[2]} to train a model of ours"), *about],
+                [Note("model.peft_config", f"{str(error).partition(': ')[2]} to train an llmfoundry model"), *about],
             )
         notes += about
         if isinstance(config, TransformersConfig) and config.has_stacked_experts:

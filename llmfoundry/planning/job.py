@@ -17,7 +17,7 @@ from llmfoundry.train.optim import OptimizerConfig
 
 
 class Work(NamedTuple):
-    """One GPU's part of a step."""
+    """One GPU's share of a step."""
 
     rows: int
     micro_rows: int  # of one forward
@@ -26,12 +26,12 @@ class Work(NamedTuple):
 
     @property
     def microbatches(self) -> int:
-        """Forwards and backwards of a step."""
+        """Number of microbatches per step."""
         return -(-self.rows // self.micro_rows)
 
     @property
     def counted(self) -> int:
-        """Microbatches whose loads are counted first, by a forward without gradients and without the head."""
+        """Number of microbatches whose loads are counted first, by a forward without gradients and without the head."""
         return self.microbatches - 1 if self.counts_loads else 0
 
 
@@ -65,19 +65,19 @@ class Job(NamedTuple):
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of one activation."""
+        """Bytes per activation value."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def sequences(self) -> int:
-        """Sequences per example."""
+        """Number of sequences per example."""
         return _sequences(self.loss)
 
     def check_rows(self, degrees: Degrees) -> None:
-        """Refuse what a run refuses.
+        """Refuse numbers of rows that a run refuses.
 
         Raises:
-            ConfigError: a rank has no rows, or ranks have different numbers of microbatches.
+            ConfigError: if a rank has no rows, or ranks have different numbers of microbatches.
         """
         micro = self.micro_rows if self.micro_rows == "auto" else self.micro_rows // self.sequences
         Microbatches(micro, self.global_rows // self.sequences, degrees.replicate * degrees.shard)

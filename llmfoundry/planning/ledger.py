@@ -22,7 +22,7 @@ aten, c10d = torch.ops.aten, torch.ops.c10d
 
 
 class Memory(NamedTuple):
-    """Bytes on one GPU at one moment, by what they are for."""
+    """Bytes on one GPU at one moment, by purpose."""
 
     weights: float = 0.0  # weights: this GPU's share
     optimizer: float = 0.0  # optimizer state of the same share
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum over all purposes."""
         return sum(self)
 
     def extrapolated(self, longer: Self, steps: float) -> Memory:
@@ -61,7 +61,7 @@ class Received(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Adds every tensor that an operator returns, and removes it when its storage is freed."""
+    """Counts every tensor that an operator returns until its storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()

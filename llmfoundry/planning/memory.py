@@ -48,7 +48,7 @@ def _with_layers(job: Job, n_layers: int) -> Job:
 
 
 def _ahead(job: Job) -> int:
-    """Blocks whose weights are gathered ahead; with `prefetch: 0` FSDP itself still gathers one."""
+    """Return the number of blocks gathered ahead; with `prefetch: 0` FSDP itself still gathers one."""
     return max(1, job.parallel.prefetch)
 
 

@@ -27,7 +27,7 @@ class Link(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Over both links."""
+        """Bytes over both links."""
         return self.nvlink + self.network
 
     def seconds(self, nvlink_rate: float) -> float:
@@ -158,7 +158,7 @@ def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
 
 
 def _seconds_per_token(job: Job, counted: float) -> float:
-    """Seconds of forward and backward per token; `counted` is the share of tokens whose loads are counted first."""
+    """Return the seconds of forward and backward per token; `counted` is the share of tokens counted first."""
     model, recompute, e4m3 = job.model, job.parallel.recompute, job.precision == "amp_fp8"
     products = model.flops_per_token(1)  # one token has nothing to attend to
     attention = (model.flops_per_token(job.seq_len) - products) / hardware.ATTENTION_FLOPS
@@ -184,16 +184,16 @@ def _seconds_per_token(job: Job, counted: float) -> float:
 
 
 def _update(job: Job, degrees: Degrees) -> float:
-    """Seconds of clipping and the optimizer on this GPU's shard, and of copies around each collective.
+    """Return the seconds of clipping and the optimizer on this GPU's shard, and of copies around each collective.
 
-    All of it is bound by memory bandwidth, but for the products of Muon.
+    All of it is bound by memory bandwidth, except for Muon's products.
 
     Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
     before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
-    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient; where whole
-    gradients of microbatches are added up, 6 for the first and 10 for each other one. A single
-    process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
-    and sums bfloat16 gradients. Weights in bfloat16 take 4 bytes less in the update, and no cast.
+    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient; if whole gradients
+    of microbatches are added up, 6 for the first and 10 for each other one. A single process casts its weights and
+    gradients once per microbatch; in a lean step (parallel/single.py) it casts neither, and sums bfloat16 gradients.
+    Weights in bfloat16 take 4 bytes less in the update, and no cast.
     """
     model, parallel, microbatches = job.model, job.parallel, job.work(degrees).microbatches
     dense, experts = _params(model)
@@ -228,7 +228,7 @@ def _gathers_directly(job: Job) -> bool:
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:
-    """Parameters of all blocks: those outside the experts, and the experts'."""
+    """Return the number of parameters of all blocks outside the experts, and in the experts."""
     d, dense, experts = model.d_model, 0, 0
     for layer in range(model.n_layers):
         ffn = model.ffn(layer)

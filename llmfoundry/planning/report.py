@@ -147,7 +147,7 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
 
 
 def _runs(job: Job, degrees: Degrees) -> bool:
-    """Whether each rank has rows, and as many microbatches as the others."""
+    """Return whether each rank has rows, and as many microbatches as the others."""
     try:
         job.check_rows(degrees)
     except ConfigError:
@@ -215,7 +215,7 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
 
 
 def _changes(job: Job, degrees: Degrees) -> Iterator[tuple[str, Job]]:
-    """Changes that keep the mesh, as keys and as a job, the mildest first; a run accepts each."""
+    """Yield changes that keep the mesh, as keys and as a job, mildest first; a run accepts each."""
     parallel, work, smaller = job.parallel, job.work(degrees), []
     modes = {"none": ["selective", "full"], "selective": ["full"], "full": []}[parallel.recompute]
     for mode in modes:
@@ -241,7 +241,7 @@ def _changes(job: Job, degrees: Degrees) -> Iterator[tuple[str, Job]]:
 
 
 def meshes(experts: int, gpus: int) -> list[Degrees]:
-    """Meshes to compare: copies of one or more nodes, or of part of a single node; experts divided within a node."""
+    """Yield meshes to compare: copies of one or more nodes, or of part of one; experts divided within a node."""
     nodes = gpus // hardware.NODE if gpus % hardware.NODE == 0 else 1
     copies = [c for c in range(1, gpus + 1) if gpus % c == 0 and (nodes % c == 0 if nodes > 1 else True)]
     within = [

@@ -25,8 +25,8 @@ def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
     """Return the job without `auto`, and what one GPU holds.
 
     Args:
-        usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits, and if the step
-            is shorter so: adding up whole gradients in float32 takes longer than collectives that compute hides.
+        usable: bytes of one GPU that a plan may use. Gradients are reduced once per step if that fits and makes the
+            step shorter: adding up whole gradients in float32 takes longer than collectives that compute hides.
     """
     quick = shortest(job, degrees)
     held = memory(quick, degrees)
@@ -38,7 +38,7 @@ def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
 
 
 def shortest(job: Job, degrees: Degrees) -> Job:
-    """Return the job without `auto`, by time alone."""
+    """Return the job without `auto`, choosing by time only."""
     if job.parallel.reduce_once_a_step != "auto":
         return job
     once, each = job.changed(reduce_once_a_step=True), job.changed(reduce_once_a_step=False)
@@ -52,7 +52,7 @@ def _sums(job: Job, degrees: Degrees) -> bool:
 
 
 def main() -> None:
-    """Read a run, and print `{"once": ..., "held": {...}}`, or `{"why": ...}` where it cannot be simulated."""
+    """Read a run, and print `{"once": ..., "held": {...}}`, or `{"why": ...}` if it cannot be simulated."""
     config, gpus, size = pickle.load(sys.stdin.buffer)
     job = Job.of(config)
     try:

@@ -179,7 +179,7 @@ def _hook(tensors: object, call: Callable[[Tensor], None]) -> None:
 
 
 def _bodies() -> dict[object, Callable[..., object]]:
-    """Operators that are opaque to a compiler; their bodies are run here, to count what they allocate."""
+    """Return operators that are opaque to a compiler, with their bodies, which are run to count what they allocate."""
     if not HAS_TRITON:
         return {}
     from llmfoundry.kernels import experts_scaled, experts_triton, scaled_linear
@@ -190,7 +190,7 @@ def _bodies() -> dict[object, Callable[..., object]]:
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """What `F.rms_norm` is on a GPU: it keeps its input and one number per row."""
+    """`F.rms_norm` as on a GPU: it keeps its input and one number per row."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class _UpcastLinear(torch.autograd.Function):
 
 
 def _attention_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, S, C) in the order (B, S, H, C), as the kernels write it, and one number per query."""
+    """Return (B, H, S, C) in the order (B, S, H, C), as the kernels write it, and one number per query."""
     batch, heads, length, _ = q.shape
     y = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     return y, q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -234,7 +234,7 @@ def _attention_gradients(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, T
 
 @torch.library.custom_op("planning::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention as a GPU's kernels do it, windowed or not: without the scores."""
+    """Attention as GPU kernels compute it, windowed or not: without storing the scores."""
     return _attention_results(q, k, v)
 
 
@@ -258,24 +258,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """What a product of the loss allocates."""
+    """Allocate what a product of the loss allocates."""
     return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
 
 
 def _even_counts(exchange: AllToAll) -> Counts:
-    """Those of even routing, so that no rank has to be asked for its counts."""
+    """Return the counts of even routing, so that no rank has to be asked."""
     ranks, (tokens, top_k) = exchange.n_ranks, exchange._experts.shape
     rows = round(tokens * (1 - (1 - 1 / ranks) ** top_k))  # to each rank
     return Counts([rows] * ranks, [rows] * ranks, tokens * top_k)
 
 
 class _Signals(NamedTuple):
-    """What a GPU says to the others of its group."""
+    """The signals between the GPUs of a group."""
 
     group: dist.ProcessGroup
 
     def barrier(self, channel: int, timeout_ms: int) -> None:
-        """Nothing runs later here."""
+        """Do nothing: there are no streams here."""
 
 
 class _Neighbours(Peers):
@@ -287,7 +287,7 @@ class _Neighbours(Peers):
 
     @classmethod
     def within_a_node(cls, ledger: Ledger, group: dist.ProcessGroup, device: torch.device) -> Peers | None:
-        """Those of a group, or None."""
+        """Return the peers of a group, or None if it spans nodes or has one rank."""
         ranks = dist.get_process_group_ranks(group)
         alone = len(ranks) == 1 or len({rank // hardware.NODE for rank in ranks}) > 1
         return None if alone else cls(group, ledger)
@@ -304,12 +304,12 @@ class _Neighbours(Peers):
 
 
 def _gather_copies(shared: Shared, whole: Tensor) -> None:
-    """`Shared.gather` as a collective, so that it is recorded."""
+    """Run `Shared.gather` as a collective, so that it is recorded."""
     runtime.all_gather(whole, shared.of_rank[shared.rank], group=cast(_Signals, shared.handle).group)
 
 
 def _send_copies(ledger: Ledger, inbox: Inbox, grad: Tensor) -> Tensor:
-    """`Inbox.exchange`, recorded; the slots are there already."""
+    """Record `Inbox.exchange`; the slots exist already."""
     ranks = dist.get_process_group_ranks(inbox._peers.group)
     ledger.received.append(Received("reduce", tuple(ranks), grad.nbytes))
     return grad[1:]  # of the size of what is in a slot

@@ -82,8 +82,8 @@ def _of_router(experts: Json, at: int) -> list[str]:
         reach = bias["scale"][at] * (max(last, default=0) - min(last, default=0)) / 1000
         if reach > BIASED:
             found.append(
-                f"the bias differs by {reach:.2f} between experts, and scores by less than {BIASED:g}: it alone "
-                "chooses. Lower moe_bias_update_rate."
+                f"the bias differs by {reach:.2f} between experts, and scores by less than {BIASED:g}: the bias "
+                "alone decides. Lower moe_bias_update_rate."
             )
     assert isinstance(churn, list)
     recent = [layers[at] for layers in churn[-PATIENCE:] if layers is not None]

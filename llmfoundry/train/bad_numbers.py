@@ -140,10 +140,10 @@ def hopeless(run: Run) -> Hopeless | None:
     why = f"{state.skipped_in_a_row} steps in a row were skipped (max_skipped_steps={allowed})"
     if state.skipped_in_a_row == allowed + 1:
         return Hopeless(
-            f"{why}; the same command goes on behind their rows ({SKIPPED}); if it stops again, {_HELP}", save=True
+            f"{why}; the same command continues after their rows ({SKIPPED}); if it stops again, {_HELP}", save=True
         )
     # The checkpoint of the first time stays the newest: restarts end here, with this line, after as many steps.
     return Hopeless(f"{why}, in two starts; other rows do not help: {_HELP}, or raise max_skipped_steps", save=False)
 
 
-_HELP = "lower optimizer.lr, clip gradients, or begin from an older checkpoint (load_path) in another save_folder"
+_HELP = "lower optimizer.lr, clip gradients, or start from an older checkpoint (load_path) in another save_folder"

@@ -93,7 +93,7 @@ class Microbatches:
         if rows in (0, self.rows):
             return False
         if runtime.is_rank0():
-            log.warning("out of memory with %d rows at once: going on with %d (device_train_microbatch_size: auto)",
+            log.warning("out of memory with %d rows at once: continuing with %d (device_train_microbatch_size: auto)",
                         self.rows, rows)  # fmt: skip
         self.rows, self._watched = rows, WATCHED_STEPS
         return True

@@ -73,8 +73,8 @@ def take_up(mixture: Mixture, ends: list[int], contents: Contents | None, rows: 
             return saved.joined
         if not allowed:
             raise ConfigError(
-                f"{contents.path}: had read other rows by then, as train_loader.mixture ends its phases at other times "
-                "now; restore max_duration and until, or go on with the new times from here: load_allow=[mixture]"
+                f"{contents.path}: read other rows, because train_loader.mixture ends its phases at other times now; "
+                "restore max_duration and until, or continue with the new times from here: load_allow=[mixture]"
             )
     before = {label: saved.taken.get(label, 0) for label in mixture.labels if saved.data.get(label)}
     for label, fingerprint in mixture.data.items():

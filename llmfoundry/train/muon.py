@@ -96,7 +96,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
             if asked == "muon" and not is_matrix:
                 raise ConfigError(
                     f"optimizer.param_groups.{member.number - 1}.algorithm: muon is for matrices, and {name} is not "
-                    "one; write adamw, or a pattern that matches matrices alone"
+                    "one; write adamw, or a pattern that matches only matrices"
                 )
             is_inside = parameter not in embeddings and not _HEAD_OR_ROUTER.search(name)
             return {"muon": is_matrix and is_inside if asked is None else asked == "muon"}

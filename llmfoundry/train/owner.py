@@ -88,7 +88,7 @@ class Owner:
         if found is not None and found.nonce != self._own.nonce:
             raise TakenOver(
                 f"save_folder: {self._folder} was taken over by a run on {found.host}, while this one on "
-                f"{self._own.host} was still going on; this one ends, and saves nothing more there"
+                f"{self._own.host} was still running; this one ends, and saves nothing more there"
             )
 
     def close(self) -> None:

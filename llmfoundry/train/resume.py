@@ -99,7 +99,7 @@ def _from_ours(
     )  # fmt: skip
     remedy = {
         "weights": "its config.yaml has the model's settings",
-        "continue": "begin a new run from its weights with load_weights_only=true",
+        "continue": "start a new run from its weights with load_weights_only=true",
         "resume": "choose another save_folder",
     }[how]
     check_allowed(comparison, config.load_allow, contents.place, remedy)
@@ -140,7 +140,7 @@ def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Star
             f"convert.py from-composer {path} OUT"
         )
     copies_from(open_composer(Path(path)), model)  # checked before anything is built
-    log.info("%s: all tensors fit the model; its settings are those of this YAML, and were not compared", path)
+    log.info("%s: all tensors fit the model; its settings come from this YAML and were not compared", path)
     return Start("weights", composer=path)
 
 
@@ -191,11 +191,11 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) ->
     if mixed and is_allowed(MIXTURE, allow):
         return start
     if not is_allowed(DATA, allow):
-        mixture = "read each source of the new mixture on from where it is: load_allow=[mixture]; or " if mixed else ""
+        mixture = "continue each source of the new mixture: load_allow=[mixture]; or " if mixed else ""
         raise ConfigError(
             f"{contents.place}: was trained on other data or with another tokenizer (changed files count too); "
-            f"restore them; or {mixture}go on with the new data from its first row, and the optimizer as it is: "
-            "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
+            f"restore them; or {mixture}continue with the new data from its first row and the same optimizer state: "
+            "load_allow=[data]; or start a new run from its weights with load_path and load_weights_only=true"
         )
     return start._replace(rows_anew=True)
 

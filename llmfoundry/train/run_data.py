@@ -125,7 +125,7 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     elif mixture.is_bounded:
         raise ConfigError(
             "train_loader.datasets: tokens, epochs and max_epochs need a run of known length; give max_duration in ba, "
-            "ep, sp or tok, or give the datasets weights alone"
+            "ep, sp or tok, or give the datasets only weights"
         )
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined

@@ -107,7 +107,7 @@ class Saver:
                 f"{error}; {self._newest()}"
             ) from error
         log.warning(
-            "saving failed (%d in a row, %d allowed): %s; the run goes on and tries again after save_interval; %s",
+            "saving failed (%d in a row, %d allowed): %s; training continues and saves again after save_interval; %s",
             self._failures, self._allowed, error, self._newest(),
         )  # fmt: skip
 

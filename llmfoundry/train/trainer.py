@@ -325,7 +325,7 @@ class Trainer(AgreeingRun):
         if self.start.how == "continue" and state.step >= self.timeline.total_steps:
             raise ConfigError(
                 f"load_path: {self.config.load_path} is at step {state.step}, and max_duration="
-                f"{self.config.max_duration} ends at step {self.timeline.total_steps}; raise it, or begin a new "
+                f"{self.config.max_duration} ends at step {self.timeline.total_steps}; raise it, or start a new "
                 "run from its weights with load_weights_only=true"
             )
         self.saver.checkpointer.load(contents, self._checkpoint())

@@ -117,7 +117,7 @@ def test_a_full_disk_ends_no_run_and_leaves_no_half_export(
     for step in (2, 3):
         said = [line for line in caplog.messages if line.startswith(f"step {step}: hf_checkpointer: ")]
         assert len(said) == 1 and f"/ba{step} could not be written: File too large" in said[0], said
-        assert said[0].endswith("; the run goes on")
+        assert said[0].endswith("; training continues")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -342,7 +342,7 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
     path = write_lines(tmp_path / "train.jsonl", rows)
     with caplog.at_level("INFO"):
         loader(tmp_path, path=str(path), template=plain("qwen"))
-        assert "in 1 the chat template renders answers inside a conversation otherwise than at its end" in caplog.text
+        assert "in 1 the chat template renders answers inside a conversation differently than at its end" in caplog.text
         caplog.clear()
         loader(tmp_path, path=str(path))
         assert "with nothing to learn left out" in caplog.text and "otherwise" not in caplog.text

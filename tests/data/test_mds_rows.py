@@ -118,7 +118,7 @@ def test_streams_give_their_counts_in_every_epoch(
         ({"local": "here", "remote": "memory://bucket/x"}, "memory://bucket/x: no such file or folder"),
         ({"remote": "nowhere://bucket/x"}, "nowhere://bucket/x: cannot be read: Protocol not known: nowhere"),
         ({"local": "s3://bucket/x"}, "s3://bucket/x: is a URL; name it in remote"),
-        ({"local": "a", "streams": {"b": {"local": "x"}}}, "local or remote are given beside streams"),
+        ({"local": "a", "streams": {"b": {"local": "x"}}}, "local or remote are given together with streams"),
         ({"streams": {}}, "streams: dictionary should have at least 1 item"),
         ({"local": "a", "eos_token_id": 0, "bos_token_id": 1}, "eos_token_id and bos_token_id both"),
         ({"streams": {"a": {"local": "x", "choose": 1, "repeat": 1.0}}}, "repeat and choose both say how many rows"),

@@ -153,7 +153,7 @@ def test_mistakes_are_named(cache: Path, change: dict[int, dict[str, object]], m
             [{"weights": {"s1": 1.0}}, {"weights": {"s2": 1.0}}],
             "mixture.0.until: is missing; only the last phase has none",
         ),
-        ([{"weights": {"s1": 0.0}}], "must be positive numbers"),
+        ([{"weights": {"s1": 0.0}}], "must be positive"),
     ],
 )
 def test_mistakes_in_phases_are_named(cache: Path, phases: list[object], message: str) -> None:

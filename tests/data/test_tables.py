@@ -199,8 +199,8 @@ BROKEN = {
     "cut.json": (json.dumps(ROWS).encode()[:-1], "row 5: cannot be read: "),
     "comma.json": (b'[{"text": "a"} {"text": "b"}]', "row 1: cannot be read: expected ',' or ']', found '{'"),
     "more.json": (b'[{"text": "a"}] x', "row 1: cannot be read: text after the array: 'x'"),
-    "open.csv": (b'text,id\na,1\n"b,2\nc,3\n', "row 1: cannot be read: the row that begins on line 3 has a quote"),
-    "header.csv": (b'text,"id\na,1\n', "row 0: cannot be read: the row that begins on line 1 has a quote"),
+    "open.csv": (b'text,id\na,1\n"b,2\nc,3\n', "row 1: cannot be read: the row that starts on line 3 has a quote"),
+    "header.csv": (b'text,"id\na,1\n', "row 0: cannot be read: the row that starts on line 1 has a quote"),
     "twice.csv": (b"text,id,text\na,1,b\n", "2 columns are named 'text'"),
     "value.json": (json.dumps([*ROWS, "x" * 99999]).encode()[:-2] + b"\n, 3]", "row 5: cannot be read: "),
 }
@@ -289,7 +289,7 @@ BOMBS = {
     "line.ndjson.zst": (b'{"text": "', b"x", "has a line of more than 1,048,576 bytes, the longest that is read"),
     "value.json.xz": (b'[{"text": "', b"x", "a value has more than 1,048,576 characters"),
     "cell.csv.bz2": (b'text\n"', b"x", "a line has more than 1,048,576 bytes"),
-    "cells.csv.gz": (b'text\n"', b"x\n", "begins on line 2: field larger than field limit"),
+    "cells.csv.gz": (b'text\n"', b"x\n", "starts on line 2: field larger than field limit"),
     "text.txt.gz": (b"", b"x", "unpacks to more than "),
     "text.md.zst": (b"", b"\n", "unpacks to more than "),
 }

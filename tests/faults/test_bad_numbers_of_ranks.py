@@ -56,4 +56,4 @@ def test_all_ranks_act_alike_on_what_one_of_them_meets(tmp_path: Path) -> None:
     assert leftovers(run) == []
     assert [line["skipped_steps"] for line in metrics(run)] == [0, 0, 1, 1, 1, 1]
     assert all(line["time/ranks/latest"] == 1 for line in metrics(run) if "time/ranks/latest" in line)
-    assert "rank 1 begins its steps 0." in output, "its data is slow, and the others wait"
+    assert "rank 1 starts its steps 0." in output, "its data is slow, and the others wait"

@@ -44,7 +44,7 @@ def test_adapters_are_on_the_layers_that_are_named(
     assert isinstance(model, dict) and model["lora"]["target_modules"] == targets and model["max_seq_len"] == 64
     assert (model["name"] == "transformers") == (kind == "transformers")
     said = [note.said for note in notes if note.path == "model.peft_config"]
-    why = "q_proj is a part of one matrix here (attn.wqkv); name k_proj too to train a model of ours"
+    why = "q_proj is a part of one matrix here (attn.wqkv); name k_proj too to train an llmfoundry model"
     assert (why in said) == (kind == "transformers")
     assert not any(note.path == "model.name" for note in notes), "each note is on the key that it is about"
 

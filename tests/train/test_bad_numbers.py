@@ -124,7 +124,7 @@ def test_a_run_that_gave_up_goes_on_behind_the_rows_when_it_is_started_again(
     command += ["max_skipped_share=0.5"]
     run = tmp_path / "run"
     assert train_main(command) == 1
-    said = "step 5: 3 steps in a row were skipped (max_skipped_steps=2); the same command goes on behind their rows"
+    said = "step 5: 3 steps in a row were skipped (max_skipped_steps=2); the same command continues after their rows"
     assert said in capsys.readouterr().err
     assert names(run) == {"step-2", "step-5"}, "a checkpoint in doubt does not take the place of a good one"
     assert train_main(command) == 0

@@ -85,8 +85,8 @@ def test_one_process_goes_on_with_what_fits(tmp_path: Path) -> None:
     for when in ("forward", "backward"):
         done = run(tmp_path, when, 1, "auto", {"rows": 2, "when": when})
         assert done.returncode == 0, done.stderr
-        assert "out of memory with 8 rows at once: going on with 4" in done.stderr
-        assert "out of memory with 4 rows at once: going on with 2" in done.stderr
+        assert "out of memory with 8 rows at once: continuing with 4" in done.stderr
+        assert "out of memory with 4 rows at once: continuing with 2" in done.stderr
         assert steps(tmp_path / when) == steps(tmp_path / "two"), "bit by bit what two rows at once give"
 
 
@@ -108,7 +108,7 @@ def test_two_ranks_go_on_together_when_one_is_full(
     for when, calls in moments:
         done = run(tmp_path, when, 2, "auto", {"rows": 1, "when": when, "calls": calls}, parallel=parallel)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("going on with") == 2 and "going on with 1 (" in done.stderr, done.stderr
+        assert done.stderr.count("continuing with") == 2 and "continuing with 1 (" in done.stderr, done.stderr
         assert steps(tmp_path / when) == steps(tmp_path / "one"), when
 
 
