@@ -55,6 +55,13 @@ def tell_torchrun(why: str) -> None:
         time.sleep(1.0)
 
 
+def replace_closed() -> None:
+    """Discard what is printed to a stream that was closed before Python began (`>&-`), which Python sets to None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+
+
 def broken_stdout(suspected: bool = False) -> OSError | None:
     """Flush stdout. If that fails, discard this and all later output, because Python flushes once more at exit.
 
@@ -69,7 +76,7 @@ def broken_stdout(suspected: bool = False) -> OSError | None:
             sys.stdout.write("\n")
         sys.stdout.flush()
         return None
-    except ValueError:  # stdout is closed
+    except (AttributeError, ValueError):  # stdout is None or closed
         return None
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -109,6 +116,12 @@ def leave(code: int) -> NoReturn:
         if "RANK" not in os.environ:  # a single process
             sys.exit(code)
         atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):
+    leave_at_once(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process, from any thread, once what it has printed is written."""
+    broken_stdout()
+    with suppress(AttributeError, OSError, ValueError):
         sys.stderr.flush()
     os._exit(code)

@@ -11,13 +11,12 @@ and stops with exit code 0; the same command continues it.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 
 from pydantic import Field
 
+from llmfoundry import launch
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,4 @@ class RunTimeout(Callback):
     def _leave(self) -> None:
         """End a process that should have ended; nothing of the run is lost."""
         log.error("run_timeout: the run ended %g seconds ago, and its process did not; leaving", self.config.timeout)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        launch.leave_at_once(0)

@@ -45,6 +45,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
 
     @wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
+        launch.replace_closed()
         rank = f"[rank {launch.rank()}] " if launch.world_size() > 1 else ""
         level = logging.INFO if launch.is_rank0() else logging.WARNING
         logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)

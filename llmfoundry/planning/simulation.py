@@ -274,7 +274,7 @@ class _Signals(NamedTuple):
 
     group: dist.ProcessGroup
 
-    def barrier(self, channel: int) -> None:
+    def barrier(self, channel: int, timeout_ms: int) -> None:
         """Do nothing: there are no streams here."""
 
 
@@ -292,15 +292,14 @@ class _Neighbours(Peers):
         alone = len(ranks) == 1 or len({rank // hardware.NODE for rank in ranks}) > 1
         return None if alone else cls(group, ledger)
 
-    def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared:
+        """Allocate what one rank would; the others are not asked whether they can, because there are none."""
         before = self.ledger.kind
         self.ledger.kind = GRADIENTS if dtype == torch.uint8 else WEIGHTS  # bytes: slots of an inbox
         try:
-            return torch.empty(n, dtype=dtype, device=device)
+            mine = torch.empty(n, dtype=dtype, device=device)
         finally:
             self.ledger.kind = before
-
-    def _shared(self, mine: Tensor) -> Shared:
         return Shared(self.rank, [mine] * self.size, _Signals(self.group))  # type: ignore[arg-type]
 
 

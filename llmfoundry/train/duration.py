@@ -106,6 +106,7 @@ class Timeline:
         total_steps: steps of the whole run, which `dur` refers to. `MOST` while a wall-clock run continues.
         limit: seconds of a wall-clock run; None for a run of a number of steps.
         clock: the time that the ranks agree on.
+        max_duration: what `total_steps` was rounded up from; None: nothing was rounded.
     """
 
     rows_per_step: int
@@ -114,6 +115,7 @@ class Timeline:
     total_steps: int
     limit: Fraction | None = None
     clock: Clock = field(default_factory=Clock, compare=False)
+    max_duration: Duration | None = None
 
     @classmethod
     def of(cls, max_duration: Duration, *, rows_per_step: int, tokens_per_row: int, rows_per_epoch: int) -> Timeline:
@@ -131,7 +133,7 @@ class Timeline:
         total = open_ended.steps(max_duration) if limit is None else 0
         if total < 1:
             raise ConfigError(f'max_duration: "{max_duration}" is less than one step; write at least 1ba')
-        return cls(rows_per_step, tokens_per_row, rows_per_epoch, total)
+        return cls(rows_per_step, tokens_per_row, rows_per_epoch, total, max_duration=max_duration)
 
     def steps(self, duration: Duration) -> int:
         """The number of steps that `duration` takes: up to the first step that completes it.
@@ -165,16 +167,22 @@ class Timeline:
         raise ConfigError(f'"{duration}" is not a wall-clock time, but max_duration is; write e.g. 10min or 0.1dur')
 
     def counted_by_composer(self, duration: Duration) -> float:
-        """The same as Composer has it: a part of a run is rounded down, and tokens and rows are not rounded to steps.
+        """The same as Composer has it, which rounds no tokens and rows to steps.
+
+        It rounds a part of a run down: to tokens or rows if `max_duration` is given in them, else to steps.
 
         Raises:
             ConfigError: as `counted`.
         """
-        whole = self.counted(duration)
+        steps = self.counted(duration)
         if self.limit is not None or duration.unit not in ("dur", "tok", "sp"):
-            return whole
-        exact = self._exact(duration)
-        return math.floor(exact) if duration.unit == "dur" else float(exact)
+            return steps
+        if duration.unit == "dur":
+            whole = self.max_duration
+            if whole is None or whole.unit not in ("tok", "sp"):
+                return math.floor(self._exact(duration))
+            duration = Duration(Fraction(math.floor(duration.value * whole.value)), whole.unit)
+        return float(self._exact(duration))
 
     def position(self, step: int) -> int:
         """The position of the run after `step` steps, in the unit of `counted`."""

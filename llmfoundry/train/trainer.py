@@ -146,6 +146,7 @@ class Trainer(AgreeingRun):
 
     def _advance(self) -> None:
         """Take a step, or catch up on the evaluation of the last one; then do whatever is due after it."""
+        is_step = not self.unevaluated
         metrics, self.unevaluated = self.unevaluated or self._step() | self.saver.stall(), {}
         if self._due_evaluation():
             found = self._evaluate()
@@ -158,7 +159,7 @@ class Trainer(AgreeingRun):
         ends = self.state.step == self.timeline.total_steps
         if ends and not is_evaluated(metrics):
             self.evaluation = {}  # a callback or the clock ended the run: the last evaluation is of an earlier step
-        if not self.warm:
+        if is_step and not self.warm:
             self._warmed_up()
             if not self.stopping and not ends:
                 self.saver.checkpointer.prepare(self._checkpoint())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
+from llmfoundry.train.watchdog import Watchdog
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,10 +222,20 @@ def test_a_signal_ends_an_evaluation_within_a_batch(
     assert [line["step"] for line in lines if "metrics/eval/LanguageCrossEntropy" in line] == [4]
     assert len(lines) == 8 and (run / "checkpoints" / "step-8").is_dir()
     assert "validation/nats_per_token" not in json.loads((run / "summary.json").read_text())
+    beat, begun = Watchdog.beat, []
+
+    def noted(self: Watchdog, doing: str, in_step: bool = False) -> None:
+        if doing.startswith("step "):
+            begun.append(in_step)
+        beat(self, doing, in_step)
+
+    monkeypatch.setattr(Watchdog, "beat", noted)
     for _ in range(2):  # the second time, as if killed before its next checkpoint
+        begun.clear()
         shutil.rmtree(run / "checkpoints" / "step-12", ignore_errors=True)
         assert train_main([str(recipe), "autoresume=true", "save_interval=0ba"]) == 0
         assert metrics_of(run) == metrics_of(whole), "the evaluation is made up for"
+        assert begun == [False, True, True, True], "the first step may compile, also after an evaluation that was due"
 
 
 def test_a_last_evaluation_that_was_cut_short_is_made_up_for(

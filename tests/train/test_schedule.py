@@ -3,7 +3,7 @@ import math
 import pytest
 
 from llmfoundry.config import Config, ConfigError, check
-from llmfoundry.train.duration import Timeline
+from llmfoundry.train.duration import Duration, Timeline
 from llmfoundry.train.schedule import Schedule, SchedulerConfig
 
 TIMELINE = Timeline(rows_per_step=8, tokens_per_row=100, rows_per_epoch=1000, total_steps=100)
@@ -107,3 +107,11 @@ def test_composers_curve_is_one_step_late(settings: dict[str, str], first_five: 
 def test_composer_rounds_a_part_of_a_run_down_and_does_not_round_tokens(warmup: str, third: float) -> None:
     schedule = build(name="constant_with_warmup", t_warmup=warmup, composer_step=True)
     assert schedule.multiplier(2) == pytest.approx(third)
+
+
+@pytest.mark.parametrize(("length", "fifth"), [("10000tok", 4 / 6.25), ("100sp", 4 / 6.25), ("13ba", 4 / 6)])
+def test_composer_rounds_a_part_of_tokens_to_tokens(length: str, fifth: float) -> None:
+    timeline = Timeline.of(Duration.parse(length), rows_per_step=8, tokens_per_row=100, rows_per_epoch=1000)
+    assert timeline.total_steps == 13
+    settings = {"name": "constant_with_warmup", "t_warmup": "0.5dur", "composer_step": True}
+    assert check(Block, {"scheduler": settings}).scheduler.build(timeline).multiplier(5) == pytest.approx(fifth)
