@@ -274,7 +274,7 @@ class _Signals(NamedTuple):
 
     group: dist.ProcessGroup
 
-    def barrier(self, channel: int) -> None:
+    def barrier(self, channel: int, timeout_ms: int) -> None:
         """Nothing runs later here."""
 
 
@@ -291,6 +291,9 @@ class _Neighbours(Peers):
         ranks = dist.get_process_group_ranks(group)
         alone = len(ranks) == 1 or len({rank // hardware.NODE for rank in ranks}) > 1
         return None if alone else cls(group, ledger)
+
+    def _failed(self, why: str) -> bool:
+        return bool(why)  # the other ranks are not there to ask
 
     def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         before = self.ledger.kind
