@@ -164,17 +164,26 @@ def read_translated(path: str, overrides: list[str], untrusted: Collection[str] 
     try:
         data, notes = translate(data, settings.referred - RunConfig.model_fields.keys())
     except Untranslated as error:
-        raise ConfigError("\n".join([str(error), *_mistakes(RunConfig, error.rest)])) from None
+        raise ConfigError("\n".join([str(error), *_mistakes(RunConfig, error.rest, Path(path).parent)])) from None
     data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, settings.environment, [*dropped, *notes])
 
 
-def _mistakes(config: type[RunConfig], data: dict[str, object]) -> list[str]:
+def _mistakes(config: type[RunConfig], data: dict[str, object], folder: Path) -> list[str]:
+    """Return the mistakes in a translated file that is in `folder`."""
+    from llmfoundry.eval.icl import with_tasks_read
+
+    found = []
+    try:
+        data = with_tasks_read(data, folder)
+    except ConfigError as error:
+        found.append(str(error))
+        data = {key: value for key, value in data.items() if not key.startswith(("icl_tasks", "eval_gauntlet"))}
     try:
         check(config, data)
     except ConfigError as error:
-        return str(error).split("\n")
-    return []
+        found += str(error).split("\n")
+    return found
 
 
 def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> RunConfig:

@@ -126,13 +126,27 @@ class Renderer:
             pass
 
     @cached_property
+    def _last_id(self) -> int:
+        return max(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def _probed(self) -> _Said | None:
+        """A rendered conversation whose answer is PROBE; None if the template refuses it, as it may lack something."""
+        try:
+            return self._said(Conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]))
+        except (ValueError, Exceeded):
+            return None
+
+    @property
+    def writes_answers(self) -> bool:
+        """Whether the text of an answer is rendered. Some templates expect a list of parts instead, and omit a text."""
+        return self._probed is None or PROBE in self._probed.text
+
+    @property
     def ends_answers(self) -> bool:
         """Whether something after an answer is learned; otherwise a model never stops by itself."""
-        try:
-            said = self._said(Conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]))
-        except (ValueError, Exceeded):
-            return True  # unknown: the template may need more than this conversation
-        return not said.text[: max((end for _, end in said.spans), default=0)].rstrip().endswith(PROBE)
+        said = self._probed
+        return said is None or not said.text[: max((end for _, end in said.spans), default=0)].rstrip().endswith(PROBE)
 
     def tokens(self, example: Example) -> Tokens:
         """Tokenize one example.
@@ -141,6 +155,12 @@ class Renderer:
             ValueError: if the template refuses the example, or does not render turns one after the other.
         """
         if isinstance(example, Tokenized):
+            largest = max((i for turn in example.turns for ids in turn for i in ids), default=0)
+            if largest > self._last_id:
+                raise ValueError(
+                    f"has the token {largest}, and the tokenizer ends at {self._last_id}; name the tokenizer that made "
+                    "it, or set dataset.token_encoding_type"
+                )
             return self._joined([_Turn(prompt, answer) for prompt, answer in example.turns])
         if isinstance(example, Conversation):
             turns = self._turns(example) if self.targets.by_turn else None

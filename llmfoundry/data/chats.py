@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
+import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from llmfoundry.config import ConfigError, is_url, reason
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, Tokenized, code_of, example_of, preprocess
-from llmfoundry.data.mds_rows import Folders, samples
+from llmfoundry.data.mds_rows import Folders, TokenEncoding, samples
 from llmfoundry.data.provenance import Gone
 from llmfoundry.data.rows import How, Order, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
@@ -45,7 +46,7 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/5"  # version of the tokenized rows; rows of another version are made again
+    KIND: ClassVar[str] = "chats/6"  # version of the tokenized rows; rows of another version are made again
 
     path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -59,6 +60,8 @@ class ChatsConfig(Folders, names=("chats",)):
     # As in LLM Foundry: tokenize each turn separately, and also learn what the template writes after an answer and an
     # end-of-text token after the last; except for MDS data, leave out examples with an empty prompt or answer
     turn_by_turn: bool = False
+    # For MDS: dtype of token ids that are stored as bytes
+    token_encoding_type: TokenEncoding = "int64"
     skip_bad_rows: int = Field(default=0, ge=0)  # number of unreadable rows to skip before the data is refused
     # accepted, without effect: examples share rows exactly if attention keeps them apart
     packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
@@ -156,6 +159,12 @@ class ChatsConfig(Folders, names=("chats",)):
         renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template; conversations are written in ChatML")
+        if not renderer.writes_answers:
+            where = "the tokenizer's chat template" if renderer.own else "dataset.chat_template"
+            raise ConfigError(
+                f"{where}: does not write the text of an answer (it may expect a list of parts); name another template "
+                "in dataset.chat_template"
+            )
         if not renderer.ends_answers:
             log.warning(
                 "the chat template ends answers with nothing that is learned, so the model does not learn to stop; "
@@ -168,6 +177,7 @@ class ChatsConfig(Folders, names=("chats",)):
             self.KIND, table.fingerprint, encoder, renderer.template, str(targets),
             code_of(self.preprocessing_fn),
             json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
+            self.token_encoding_type,
         )  # fmt: skip
         folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
         make = partial(self._write, table=table, renderer=renderer, how=how)
@@ -200,7 +210,7 @@ class ChatsConfig(Folders, names=("chats",)):
                 why = row.message
             else:
                 try:
-                    yield meaning(prepare(row))
+                    yield meaning(prepare(self._decoded(row)))
                     continue
                 except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
                     named = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -212,6 +222,17 @@ class ChatsConfig(Folders, names=("chats",)):
             log.warning(
                 "%s: skipped %d of at most %d bad rows; the first: %s", table.title, bad, self.skip_bad_rows, first
             )
+
+    def _decoded(self, row: Row) -> Row:
+        """Convert columns of token ids that MDS stores as bytes."""
+        stored = {key: value for key in ("input_ids", "labels") if isinstance(value := row.get(key), bytes)}
+        dtype = np.dtype(self.token_encoding_type).newbyteorder("<")
+        for key, value in stored.items():
+            if len(value) % dtype.itemsize:
+                raise ValueError(
+                    f"{key}: {len(value)} bytes are not a whole number of {dtype.name}; set dataset.token_encoding_type"
+                )
+        return row | {key: np.frombuffer(value, dtype) for key, value in stored.items()} if stored else row
 
     def _table(self) -> Table:
         try:

@@ -26,10 +26,8 @@ _SPEAKERS = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Columns that identify a format, in the order in which they are checked.
+# Columns that identify a format, in the order in which they are checked. Chats often have a column `turns` that counts.
 FORMATS = {
-    "turns of ids": ("turns",),
-    "ids": ("input_ids", "labels"),
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
     "WildChat": ("conversation",),
@@ -37,7 +35,10 @@ FORMATS = {
     "prompt and completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "dolly": ("instruction", "response"),
+    "turns of ids": ("turns",),
+    "ids": ("input_ids", "labels"),
 }
+_IDENTIFYING = {column for columns in FORMATS.values() for column in columns}
 
 
 class Conversation(NamedTuple):
@@ -125,8 +126,6 @@ def tokenized(turns: object) -> Tokenized:
 
 
 def _ids(value: object, where: str) -> list[int]:
-    if isinstance(value, bytes) and len(value) % 8 == 0:
-        value = np.frombuffer(value, "<i8")
     value = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(value, list) or not all(isinstance(each, int) and each >= 0 for each in value):
         raise ValueError(f"{where}: must be a list of token ids, found {value!r:.60}")
@@ -278,14 +277,16 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
     if isinstance(given, str):
         return functions.imported(given, "preprocessing_fn")
     names = dict(given)
+    others = set(names.values())
+    if any(names.keys() >= set(columns) for columns in FORMATS.values()):
+        others |= _IDENTIFYING  # the mapping says which format the row has
 
     def rename(row: Row) -> Row:
         missing = next((name for name in names.values() if name not in row), None)
         if missing is not None:
             raise ValueError(f"has no column {missing!r}, which preprocessing_fn names; it has {', '.join(row)}")
-        return {key: value for key, value in row.items() if key not in names.values()} | {
-            key: row[name] for key, name in names.items()
-        }
+        kept = {key: value for key, value in row.items() if key not in others}
+        return kept | {key: row[name] for key, name in names.items()}
 
     return rename
 

@@ -30,6 +30,7 @@ from llmfoundry.data.sources import Source, fingerprint_of, gone_source
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
+TokenEncoding = Literal["int64", "int32", "int16", "uint16", "uint32"]
 
 # Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which works differently here.
 TUNING = (
@@ -149,7 +150,7 @@ class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
     # Dtype of a token column that is stored as bytes
-    token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"
+    token_encoding_type: TokenEncoding = "int64"
     # The id that ends documents inside rows of tokens; None: the tokenizer's
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
     # The id that starts documents, instead of eos_token_id

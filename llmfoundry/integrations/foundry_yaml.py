@@ -273,7 +273,7 @@ def _model(data: Tree, value: object) -> Sequence[str]:
 
 def _compile(data: Tree, value: object) -> list[str]:
     if value is None:
-        return ["left out, nothing is compiled"]
+        return ["left out; parallel.compile: auto, the default, compiles blocks on GPUs"]
     if value != {}:
         raise ConfigError(f"compile_config: {value!r} is not supported; write parallel: {{compile: true}}")
     return [put(data, "parallel.compile", True)]

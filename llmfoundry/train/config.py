@@ -277,6 +277,10 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.max_duration.unit == "dur":
+            raise ValueError(f'max_duration: "{self.max_duration}" is a part of itself; write e.g. 10ba, 1ep, 2h')
+        if not self.max_duration.value:
+            raise ValueError(f'max_duration: "{self.max_duration}" is less than one step; write at least 1ba')
         if self.model.max_seq_len < self.max_seq_len:
             raise ValueError(f"max_seq_len={self.max_seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         micro = self.device_train_microbatch_size

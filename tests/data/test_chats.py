@@ -285,7 +285,6 @@ def test_prompts_are_learned_by_the_length_of_each_and_not_the_answers_between()
 @pytest.mark.parametrize("row", [
     {"turns": [{"input_ids": [5, 6], "labels": [7]}, {"input_ids": [8], "labels": [9]}]},
     {"input_ids": np.array([5, 6, 7, 8]), "labels": np.array([9])},
-    {"input_ids": np.array([5, 6, 7, 8]).tobytes(), "labels": np.array([9]).tobytes()},
 ])  # fmt: skip
 def test_tokens_of_llm_foundrys_conversion_are_an_example(row: dict[str, object]) -> None:
     renderer = Renderer(tokenizer(CHATML), Targets("last"))
@@ -310,6 +309,16 @@ def test_a_template_that_teaches_no_stop_is_said(tmp_path: Path, caplog: pytest.
         assert not Renderer(tokenizer(template), Targets()).ends_answers
     loader(tmp_path, template=open_ended, path=str(write_lines(tmp_path / "train.jsonl", chats(5))))
     assert "does not learn to stop" in caplog.text
+
+
+def test_a_template_that_omits_texts_is_refused(tmp_path: Path) -> None:
+    """Templates of vision models iterate over parts, and write nothing for a text (SmolVLM, Idefics 3)."""
+    of_parts = CHATML.replace(
+        "message['content']", "(message['content'] | selectattr('text') | map(attribute='text') | join)"
+    )
+    path = str(write_lines(tmp_path / "train.jsonl", chats(5)))
+    with pytest.raises(ConfigError, match="the tokenizer's chat template: does not write the text of an answer"):
+        loader(tmp_path, template=of_parts, path=path)
 
 
 def test_a_template_that_is_given_stays_with_the_tokenizer(tmp_path: Path) -> None:
@@ -528,6 +537,32 @@ def test_mds_holds_examples_too(tmp_path: Path, columns: tuple[str, ...]) -> Non
     streams = {"mine": {"local": str(tmp_path / "mds"), "split": "train"}}
     found = loader(tmp_path, streams=streams, shuffle=True, documents=False, decoder_only_format=True)
     assert found.rows_per_epoch == 6
+
+
+def test_mds_holds_token_ids_as_bytes_of_any_type(tmp_path: Path) -> None:
+    with MDSWriter(tmp_path / "mds" / "train", {"input_ids": "bytes", "labels": "bytes"}) as writer:
+        for ids in ([5, 6], [7, 8]):
+            writer.write({"input_ids": np.array(ids, "<i4").tobytes(), "labels": np.array([9, 4], "<i4").tobytes()})
+    place = {"local": str(tmp_path / "mds"), "split": "train"}
+    found = loader(tmp_path, **place, token_encoding_type="int32", documents=False, shuffle=False)
+    assert found.batch(0, 2).tokens[:, :4].tolist() == [[5, 6, 9, 4], [7, 8, 9, 4]]
+    with pytest.raises(ConfigError, match=r"train: row 0: has the token \d{10,}, and the tokenizer ends at"):
+        loader(tmp_path, **place, documents=False)
+
+
+@pytest.mark.parametrize(("mapping", "row", "expected"), [
+    ({"prompt": "q", "response": "a"}, {"q": "Q", "a": "A", "messages": turns("x", "y")}, Pair("Q", "A")),
+    ({"prompt": "q", "completion": "a"}, {"q": "Q", "a": "A", "response": "old"}, Pair("Q", "A")),
+    ({"prompt": "response", "response": "prompt"}, {"prompt": "P", "response": "R"}, Pair("R", "P")),
+    ({"instruction": "q", "output": "a"}, {"q": "x", "a": "y", "prompt": "P", "response": "R"},
+     Conversation(turns("x", "y"))),
+    ({"messages": "chat"}, {"chat": turns("x", "y"), "turns": 1}, Conversation(turns("x", "y"))),
+    (None, {"messages": turns("x", "y"), "turns": 1}, Conversation(turns("x", "y"))),
+])  # fmt: skip
+def test_a_mapping_says_the_format_whatever_other_columns_there_are(
+    mapping: dict[str, str] | None, row: dict[str, object], expected: object
+) -> None:
+    assert example_of(preprocess(mapping)(row)) == expected
 
 
 def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
