@@ -209,6 +209,15 @@ def test_mistakes_of_every_kind_come_in_one_round(tmp_path: Path) -> None:
         assert sorted(line.split(":")[0] for line in lines) == sorted(expected)
 
 
+def test_a_missing_file_of_tasks_is_named_beside_other_mistakes(tmp_path: Path) -> None:
+    tree = changed("model.use_pad_tok_in_ffn", False) | {"icl_tasks": "gone.yaml", "max_duration": "0.5dur"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as error:
+        read_translated(str(tmp_path / "a.yaml"), [])
+    _, tasks, duration = str(error.value).splitlines()
+    assert tasks.startswith("icl_tasks: gone.yaml: no such file") and "is a part of itself" in duration
+
+
 def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
     tree = changed("model.block_overrides", yaml.safe_load(CHARACTER)) | {"callbacks": {"lr_monitor": {}}}
     tree["model"]["n_layers"] = 13
