@@ -181,7 +181,9 @@ def test_products_of_8_bits_are_planned_with_their_operands() -> None:
     assert found == pytest.approx(held, rel=0.25)
 
 
-def test_slots_for_gradients_that_copy_engines_send_are_planned() -> None:
+def test_slots_for_gradients_that_copy_engines_send_are_planned(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "llmfoundry")
+
     def slots(gpus: int) -> float:
         rows = ("model.n_layers=1", f"global_train_batch_size={gpus}", "parallel.compile=false")
         (begin,) = simulate(of_yaml("olmoe-1b-7b", *rows), Degrees(1, gpus, 1)).held[Moment("forward", 0)]
@@ -190,6 +192,7 @@ def test_slots_for_gradients_that_copy_engines_send_are_planned() -> None:
     w1 = 64 * 2 * 1024 * 2048 * 2
     assert slots(8) == 2 * w1 * 7 / 8, "two, of what seven others send"
     assert slots(16) == 0, "between nodes there are none"
+    assert "copy engines" not in caplog.text, "a plan does not say what a run does"
 
 
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
