@@ -5,6 +5,12 @@ Paths are dotted, and the first list that contains one applies.
 
 from __future__ import annotations
 
+# Hub datasets whose rows LLM Foundry converts by itself: the keys of data/foundry_tasks.TASKS, which imports torch.
+TASKS = (
+    "tatsu-lab/alpaca", "HuggingFaceH4/databricks_dolly_15k", "bigscience/P3", "Muennighoff/P3", "Muennighoff/flan",
+    "teknium/OpenHermes-2.5", "math-ai/StackMathQA", "AI-MO/NuminaMath-CoT",
+)  # fmt: skip
+
 # Keys that tune an implementation and do not affect results. They are dropped, with a note.
 GONE = {
     "python_log_level": "logs are at level INFO",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence, Set
 from decimal import Decimal
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.foundry_tasks import TASKS
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import (
     DURATIONS,
@@ -22,6 +21,7 @@ from llmfoundry.integrations.foundry_keys import (
     REFUSED,
     REFUSED_VALUES,
     RENAMED_VALUES,
+    TASKS,
     VARIABLES,
 )
 from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders

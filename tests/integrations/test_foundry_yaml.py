@@ -12,8 +12,9 @@ from llmfoundry.cli.command import read_run_config, read_translated
 from llmfoundry.cli.evaluation_yaml import translated as of_evaluation
 from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.data import foundry_tasks
 from llmfoundry.integrations.explain import explained
-from llmfoundry.integrations.foundry_keys import EMPTY, INSTEAD, ONLY, REFUSED, REFUSED_VALUES
+from llmfoundry.integrations.foundry_keys import EMPTY, INSTEAD, ONLY, REFUSED, REFUSED_VALUES, TASKS
 from llmfoundry.integrations.foundry_yaml import OTHER_MODELS, Untranslated, translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
@@ -420,6 +421,7 @@ def test_a_name_of_a_dataset_stands_for_its_function() -> None:
     data, _ = translate(FOREIGN | {"train_loader": alpaca, "eval_loader": [named, own]})
     found = [each["dataset"]["preprocessing_fn"] for each in (data["train_loader"], *data["eval_loader"])]
     assert found == ["tatsu-lab/alpaca", "Muennighoff/P3", "my.fns:fn"]
+    assert set(TASKS) == foundry_tasks.TASKS.keys()
 
 
 def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
