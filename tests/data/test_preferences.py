@@ -42,10 +42,10 @@ def test_texts_are_joined_as_they_are() -> None:
     [
         ({"prompt": "a", "chosen": "b"}, "no rejected; name it in preprocessing_fn"),
         ({"chosen": "b", "rejected": "c"}, "and no prompt"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "begin with the assistant, and no prompt"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "start with the assistant, and no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "?"}, BAD]}, "begin with different messages"),
+        ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "?"}, BAD]}, "start with different messages"),
     ],
 )
 def test_what_is_wrong_is_named(row: dict[str, object], message: str) -> None:

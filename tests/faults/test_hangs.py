@@ -73,7 +73,7 @@ PLACES = {
         "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
         "    return real(*args, **more)\n"
         "evaluating.evaluate = stuck\n",
-        {"hang_timeout": "4s", "eval_interval": "2ba"},
+        {"hang_timeout": "8s", "eval_interval": "2ba"},
         "an evaluation after step 2 (fault.py:8, stuck)",
     ),
     "start": (
@@ -96,7 +96,7 @@ def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hanging]:
     alone = plug_in(folder, STUCK_DATA) | {"hang_timeout": "2s"}
     found = {"alone": (folder, start(recipe(folder, **alone), MARK=str(folder / "mark")))}
     folder = tmp_path_factory.mktemp("restart")
-    more = plug_in(folder, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
+    more = plug_in(folder, STUCK_DATA) | {"hang_timeout": "8s", "max_duration": "8ba", "save_interval": "1ba"}
     file = recipe(folder, device_train_microbatch_size=2, **more)
     environment = {"MARK": str(folder / "mark"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     found["restart"] = folder, start(file, ranks=2, restarts=1, **environment)
@@ -131,7 +131,7 @@ def test_a_process_that_was_stopped_by_hand_goes_on(tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_a_rank_that_is_stopped_inside_a_save_is_named_within_the_timeout(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    more = plug_in(tmp_path, STOPPED_IN_A_SAVE) | {"hang_timeout": "4s", "save_interval": "3ba"}
+    more = plug_in(tmp_path, STOPPED_IN_A_SAVE) | {"hang_timeout": "8s", "save_interval": "3ba"}
     file = recipe(tmp_path, device_train_microbatch_size=2, **more)
     started = start(file, ranks=2, MARK=str(mark), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
     wait_for(mark)

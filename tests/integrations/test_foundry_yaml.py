@@ -539,7 +539,7 @@ def test_an_evaluation_takes_the_keys_of_a_model_that_training_takes() -> None:
 
 def test_tokens_of_rows_that_are_not_full_are_said() -> None:
     tree = FOREIGN | {"max_duration": "1e6tok", "train_loader": {"name": "finetuning", "dataset": {"hf_name": "a"}}}
-    said = "max_duration='1e6tok': counts all tokens of rows, also those that fill them up"
+    said = "max_duration='1e6tok': counts all tokens of rows, including padding"
     assert any(note.startswith(said) for note in translate(tree)[1])
     assert not any("tok" in note for note in translate(FOREIGN | {"max_duration": "1e6tok"})[1])
 

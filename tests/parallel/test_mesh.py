@@ -106,7 +106,7 @@ def test_one_process_without_a_group_has_no_axes() -> None:
         ({"replicate": 4, "expert": 4}, 8, 8, "parallel.expert=4 needs at least 16 processes, this run has 8"),
         ({"expert": 4}, 8, 6, "parallel.expert=4 does not divide model.ffn_config.moe_num_experts=6"),
         ({"expert": 16}, 16, 8, "moe_num_experts=8"),
-        ({"expert": 2}, 8, 0, "the model is dense; set expert: 1"),
+        ({"expert": 2}, 8, 0, "the model is dense or a module of transformers; set expert: 1"),
         ({"shard": 8}, 1, 0, "is 8, but there are 1 processes"),
     ],
 )
