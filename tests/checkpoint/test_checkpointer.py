@@ -6,8 +6,7 @@ import pickle
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,7 @@ from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.optim import AdamWConfig, OptimizerConfig
 from tests import forks
+from tests.full_disk import full_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -485,24 +485,13 @@ def test_state_of_a_parameter_that_is_not_trained_now_is_an_error(
 # Failed saves
 
 
-@contextmanager
-def disk_full_at(limit: int) -> Iterator[None]:
-    """No file may grow past `limit` bytes, as on a full disk: works without root."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_fails_the_save_and_nothing_else(
     saved: tuple[Path, tuple[nn.Module, Optimizer]], asynchronous: bool
 ) -> None:
     folder, run = saved
     checkpointer = Checkpointer(folder, asynchronous=asynchronous)
-    with disk_full_at(1000), pytest.raises(SaveError, match="step 9 could not be saved to .*File too large"):
+    with full_disk(1000), pytest.raises(SaveError, match="step 9 could not be saved to .*File too large"):
         checkpointer.save(state(*run, step=9))
         checkpointer.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-1", "step-2"]
@@ -805,7 +794,7 @@ def _two_ranks(rank: int, folder: Path) -> None:
 
     limit = 1000 if rank == 1 else resource.RLIM_INFINITY
     try:
-        with disk_full_at(limit):
+        with full_disk(limit):
             single.save(state(*expert, step=7))
         raise AssertionError("an error on one rank fails all")
     except SaveError as error:

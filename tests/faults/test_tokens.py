@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.text_files import TextFilesConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.data.watch import Damaged
+from tests.full_disk import full_disk
 
 
 @pytest.fixture
@@ -138,17 +138,13 @@ def test_a_run_goes_on_without_its_text(box: Box, place: Path, run: Path) -> Non
 
 
 def test_a_full_disk_of_the_cache_is_one_line(texts: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     tokenizer = TokenizerConfig(vocab_size=257).build(
         TextFilesConfig(name="text_files", path=str(texts), cache_dir=str(texts.parent / "cache"))
     )
     source = TextFilesConfig(name="text_files", path=str(texts)).whole().build()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond is refused, as on a full disk
-    try:
+    with full_disk(4096):
         with pytest.raises(ConfigError, match="cannot be created: .*set cache_dir or LLMFOUNDRY_CACHE"):
             pack(source, tokenizer, texts.parent / "cache")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pack(source, tokenizer, texts.parent / "cache").n_tokens > 4096
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from llmfoundry.config import ConfigError, dump
 from llmfoundry.hf import files, from_pretrained
 from llmfoundry.hf.family import read_config
 from llmfoundry.hf.pieces import Spec, whole_of
+from tests.full_disk import full_disk
 
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
 
@@ -340,13 +340,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = sorted(path.name for path in tmp_path.iterdir())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # a write beyond is refused, as on a full disk
-    try:
+    with full_disk(4096):
         assert convert_main(["from-hf", str(llama), str(tmp_path / "ours")]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "ours: cannot be written: File too large; make room, or name another disk" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

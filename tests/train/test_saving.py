@@ -29,6 +29,7 @@ from llmfoundry.train import outputs
 from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.saving import STALL, Saver
 from tests import forks
+from tests.full_disk import full_disk
 
 KEEP_ONE = ["save_interval=1ba", "save_num_checkpoints_to_keep=1", "eval_interval=0ba"]
 KILL_BEFORE_LATEST = """
@@ -319,15 +320,11 @@ def test_weights_that_are_not_finite_push_no_good_checkpoint_out(recipe: Path, t
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = outputs.RunFolder.claim(tmp_path)
     folder.open_metrics(0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
-    try:
+    with full_disk(30):
         for step in (1, 2, 3, 4):
             folder.write_metrics({"step": step, "loss": 0.5})
         with pytest.raises(OSError, match="File too large"):
             folder.sync()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caplog.text.count("cannot be written: File too large; trying again") == 1
     folder.write_metrics({"step": 5, "loss": 0.5})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
@@ -350,13 +347,9 @@ def test_what_does_not_fit_on_the_disk_leaves_nothing_half_written(tmp_path: Pat
         OWNER: owner.take,
         "report.html": lambda: write_report([tmp_path], tmp_path / "report.html"),
     }
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
-    try:
+    with full_disk(30):
         with pytest.raises((ConfigError, RunError, OSError), match="File too large") as error:
             writes[file]()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file == "report.html" or str(tmp_path) in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.jsonl"}
 
