@@ -411,9 +411,9 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
 
 
 def all_or_none(act: Callable[[], T]) -> T:
-    """`agreed`, for what has collectives in it: those of the other ranks do not wait for one that fails.
+    """Run `act`, which contains collectives, on every rank. If it fails on any, all ranks leave it and raise.
 
-    Every collective in it must be preceded by `meet` on every rank.
+    Every collective in it must be preceded by `meet` on every rank. For an `act` without collectives, use `agreed`.
     """
     global _meeting
     answer: T | None = None

@@ -120,7 +120,7 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, doing: str, in_step: bool = False) -> None:
-        """Record progress; `what` comes next, and whether it is a step that compiles nothing."""
+        """Record progress; `doing` comes next, and `in_step` says whether it is a step that compiles nothing."""
         self._beaten, self._doing = time.monotonic(), doing
         self._seconds = self._allowed.step if in_step else self._allowed.other
 
@@ -129,11 +129,10 @@ class Watchdog:
         self._doing = doing
 
     def read(self, warm: bool) -> None:
-        """The device has all of a step, and the host waits for it.
+        """Record that the host has launched a whole step and now waits for the device.
 
         Args:
-            warm: the step is not the first. In that one, ranks may have compiled for long, but now work of the device
-                is all that is left.
+            warm: whether this is not the first step, in which ranks may have compiled for long before they got here.
         """
         self._doing = READING
         if not warm:
